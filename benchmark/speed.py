@@ -1,0 +1,216 @@
+"""Measures training speed: NE-TD3, our dense TD3, Stable-Baselines3's TD3, and the matrix products that they share.
+
+    python benchmark/speed.py
+    python benchmark/speed.py --env-ids HalfCheetah-v4 Humanoid-v4 --threads 1 2
+
+Each contestant is a process of its own; they take turns, a chunk of training steps each, so that whatever else the
+machine is doing meets all of them alike. A ratio is taken within a round and given as its median and quartiles over
+the rounds. The share of the matrix-product limit is the time that the products of one training step take alone,
+in a bare loop, over the time of the whole training step (task, acting and storing included).
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"NE-TD3": ROOT / "ne_td3_continuous.py", "TD3": ROOT / "baselines" / "td3_continuous.py"}
+LEARNING_STARTS, HIDDEN, BATCH = 1000, 256, 256
+TOTAL = 1_000_000  # of the run that is timed; only its beginning is run
+
+
+class Turns:
+    """Stands in for a run's progress bar: hands out its steps in chunks, each when the main process says so."""
+
+    def __init__(self, steps, pipe, chunk, warm_up):
+        self.steps, self.pipe, self.chunk, self.warm_up = steps, pipe, chunk, warm_up
+
+    def turn_over(self, step):
+        """Called before each step: after a chunk, reports its time and waits for the next turn."""
+        if step < self.warm_up or (step - self.warm_up) % self.chunk:
+            return
+        if step > self.warm_up:
+            self.pipe.send(time.perf_counter() - self.start)
+        else:
+            self.pipe.send("warm")
+        if self.pipe.recv() == "stop":
+            self.pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            os._exit(0)
+        self.start = time.perf_counter()
+
+    def __iter__(self):
+        for step in self.steps:
+            self.turn_over(step)
+            yield step
+
+    def set_postfix(self, *args, **kwargs):
+        pass
+
+
+def run_script(path, env_id, threads, pipe, chunk, warm_up):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.tqdm = lambda steps, **kwargs: Turns(steps, pipe, chunk, warm_up)
+    args = {"learning_starts": LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0, "cuda": False}
+    module.main(module.Args(env_id=env_id, total_timesteps=TOTAL, torch_threads=threads, **args))
+
+
+def run_sb3(env_id, threads, pipe, chunk, warm_up):
+    warnings.filterwarnings("ignore")
+    import gymnasium as gym
+    import torch
+    from stable_baselines3 import TD3
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    torch.set_num_threads(threads)
+    turns = Turns(None, pipe, chunk, warm_up)
+
+    class Callback(BaseCallback):
+        def _on_step(self):
+            turns.turn_over(self.num_timesteps)
+            return True
+
+    env = gym.make(env_id)
+    actions = env.action_space.shape[0]
+    model = TD3(
+        "MlpPolicy",
+        env,
+        learning_rate=3e-4,
+        buffer_size=TOTAL,
+        learning_starts=LEARNING_STARTS,
+        batch_size=BATCH,
+        train_freq=1,
+        gradient_steps=1,
+        action_noise=NormalActionNoise(np.zeros(actions), 0.1 * np.ones(actions)),
+        policy_kwargs={"net_arch": [HIDDEN, HIDDEN]},
+        seed=1,
+        device="cpu",
+    )
+    model.learn(TOTAL, callback=Callback())
+
+
+def matrix_products(obs_dim, action_dim):
+    """The products of one training step, as (rows, inner, columns, share of the steps that do it) -> list."""
+    products = []
+
+    def forward(n_in, n_out, share=1.0):
+        products.extend((BATCH, i, o, share) for i, o in ((n_in, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, n_out)))
+
+    def weight_gradients(n_in, n_out, share=1.0):
+        products.extend((i, BATCH, o, share) for i, o in ((n_in, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, n_out)))
+
+    def hidden_gradients(n_out, share=1.0):
+        products.extend((BATCH, o, i, share) for i, o in ((HIDDEN, n_out), (HIDDEN, HIDDEN)))
+
+    q_in = obs_dim + action_dim
+    forward(obs_dim, action_dim)  # target actor
+    for _ in range(2):
+        forward(q_in, 1)  # target critic
+        forward(q_in, 1)  # critic
+        hidden_gradients(1)
+        weight_gradients(q_in, 1)
+    forward(obs_dim, action_dim, 0.5)  # the actor's update, every other step
+    forward(q_in, 1, 0.5)
+    hidden_gradients(1, 0.5)
+    products.append((BATCH, HIDDEN, action_dim, 0.5))  # the critic's gradient with respect to the actions
+    hidden_gradients(action_dim, 0.5)
+    weight_gradients(obs_dim, action_dim, 0.5)
+    return products
+
+
+def run_products(env_id, threads, pipe, chunk, warm_up):
+    warnings.filterwarnings("ignore")
+    import gymnasium as gym
+    import torch
+
+    torch.set_num_threads(threads)
+    env = gym.make(env_id)
+    products = []
+    for rows, inner, columns, share in matrix_products(env.observation_space.shape[0], env.action_space.shape[0]):
+        tensors = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
+        products.append((*tensors, share))
+    with torch.no_grad():
+        for step in Turns(range(TOTAL), pipe, chunk, warm_up):
+            for left, right, out, share in products:
+                if share == 1 or step % 2 == 0:
+                    torch.mm(left, right, out=out)
+
+
+def contestant(name, env_id, threads, pipe, chunk, warm_up, folder):
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os.dup2(sys.stderr.fileno(), 2)
+    if name in SCRIPTS:
+        run_script(SCRIPTS[name], env_id, threads, pipe, chunk, warm_up)
+    else:
+        {"SB3 TD3": run_sb3, "products": run_products}[name](env_id, threads, pipe, chunk, warm_up)
+
+
+def measure(env_id, threads, rounds, chunk, warm_up):
+    """-> ({contestant: seconds per step, [rounds]}, {contestant: peak memory in bytes})."""
+    context = multiprocessing.get_context("spawn")
+    names, pipes = [*SCRIPTS, "SB3 TD3", "products"], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:  # one after the other, so that warming up does not disturb either
+            pipes[name], theirs = context.Pipe()
+            arguments = (name, env_id, threads, theirs, chunk, warm_up, folder)
+            context.Process(target=contestant, args=arguments, daemon=True).start()
+            theirs.close()
+            assert pipes[name].recv() == "warm"
+        seconds = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                pipes[name].send("go")
+                seconds[name].append(pipes[name].recv() / chunk)
+        memory = {}
+        for name in names:
+            pipes[name].send("stop")
+            memory[name] = pipes[name].recv()
+    return {name: np.array(times) for name, times in seconds.items()}, memory
+
+
+def spread(ratios):
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-ids", nargs="+", default=["HalfCheetah-v4"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--chunk", type=int, default=250, help="training steps of a turn")
+    parser.add_argument("--warm-up", type=int, default=LEARNING_STARTS + 500, help="steps before the first turn")
+    args = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print("Medians over rounds, quartiles in parentheses.\n")
+    print("| task | threads | method | steps/s | over SB3's TD3 | over our TD3 | share of the limit | memory, MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for env_id in args.env_ids:
+        for threads in args.threads:
+            seconds, memory = measure(env_id, threads, args.rounds, args.chunk, args.warm_up)
+            for name in [*SCRIPTS, "SB3 TD3"]:
+                own = seconds[name]
+                columns = [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]
+                rate = f"{np.median(1 / own):.0f}"
+                print(
+                    f"| {env_id} | {threads} | {name} | {rate} |", " | ".join(columns), f"| {memory[name] / 1e6:.0f} |"
+                )
+            rate = f"{np.median(1 / seconds['products']):.0f}"
+            print(f"| {env_id} | {threads} | matrix products alone | {rate} | | | 1 | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
