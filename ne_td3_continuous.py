@@ -175,47 +175,48 @@ def short_run(args):
 
 def check_args(args):
     """Ends the process with a line that says what to do if an argument makes no sense."""
-
-    def require(holds, name, rule):
-        if not holds:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
-
-    for name in (
-        "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes torch_threads"
-    ).split():
-        require(getattr(args, name) >= 1, name, "must be at least 1")
+    positive = "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes"
+    finite = "policy_noise noise_clip exploration_noise"
+    rules = {name: (getattr(args, name) >= 1, "must be at least 1") for name in [*positive.split(), "torch_threads"]}
+    rules |= {name: (0 <= getattr(args, name) < math.inf, "must be finite, 0 or more") for name in finite.split()}
     for name in ("eval_interval", "checkpoint_interval", "learning_starts"):
-        require(getattr(args, name) >= 0, name, "must not be negative")
-    for name in ("policy_noise", "noise_clip", "exploration_noise"):
-        require(0 <= getattr(args, name) < math.inf, name, "must be a finite number, 0 or more")
-    require(0 < args.learning_rate < math.inf, "learning_rate", "must be a finite number above 0")
-    require(0 <= args.gamma <= 1, "gamma", "must lie in [0, 1]")
-    require(0 < args.tau <= 1, "tau", "must lie in (0, 1]")
-    require(0 <= args.seed < 2**31, "seed", "must lie in 0 ... 2147483647")
-    fits = args.batch_size <= args.buffer_size
-    require(fits, "batch_size", f"more than the buffer can hold; raise --buffer-size (now {args.buffer_size})")
+        rules[name] = getattr(args, name) >= 0, "must not be negative"
+    rules["seed"] = 0 <= args.seed < 2**31, "must lie in 0 ... 2147483647"
+    rules["learning_rate"] = 0 < args.learning_rate < math.inf, "must be finite and above 0"
+    rules["gamma"] = 0 <= args.gamma <= 1, "must lie in [0, 1]"
+    rules["tau"] = 0 < args.tau <= 1, "must lie in (0, 1]"
     # --- NE: arguments ---
-    require(0 < args.initial_density <= 1, "initial_density", "must lie in (0, 1]")
-    require(0 < args.final_density <= 1, "final_density", "must lie in (0, 1]")
-    rises = args.final_density >= args.initial_density
-    require(rises, "final_density", f"must not be below --initial-density {args.initial_density}")
-    require(0 <= args.omega <= 1, "omega", "must lie in [0, 1]")
-    require(0 <= args.review_floor <= 1, "review_floor", "must lie in [0, 1]")
-    require(args.growth_interval >= 1, "growth_interval", "must be at least 1")
+    for name in ("initial_density", "final_density"):
+        rules[name] = 0 < getattr(args, name) <= 1, "must lie in (0, 1]"
+    for name in ("omega", "review_floor"):
+        rules[name] = 0 <= getattr(args, name) <= 1, "must lie in [0, 1]"
+    rules["growth_interval"] = args.growth_interval >= 1, "must be at least 1"
     # --- end NE ---
-    if args.learning_starts >= args.total_timesteps:
-        rule = f"must be less than --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
-        require(False, "learning_starts", rule)
+    check(args, rules)
+    fits = args.batch_size <= args.buffer_size
+    rules = {"batch_size": (fits, f"more than --buffer-size {args.buffer_size} can hold; lower it or raise that")}
+    learns = args.learning_starts < args.total_timesteps
+    advice = "" if learns else f"not below --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
+    rules["learning_starts"] = learns, advice
     # --- NE: events must fit the run (section 3) ---
-    if args.grow or args.prune:
-        aligned = args.growth_interval % args.policy_frequency == 0
-        require(aligned, "growth_interval", f"must be a multiple of --policy-frequency {args.policy_frequency}")
-        gradient_steps = args.total_timesteps - args.learning_starts
-        rule = f"longer than the run's {gradient_steps} gradient steps; this works: {short_run(args)}"
-        require(args.growth_interval <= gradient_steps, "growth_interval", rule)
+    rises = args.initial_density <= args.final_density
+    rules["final_density"] = rises, f"must not be below --initial-density {args.initial_density}"
+    if learns and (args.grow or args.prune):
+        if args.growth_interval % args.policy_frequency:
+            rules["growth_interval"] = False, f"must be a multiple of --policy-frequency {args.policy_frequency}"
+        elif args.growth_interval > (steps := args.total_timesteps - args.learning_starts):
+            rules["growth_interval"] = False, f"longer than the {steps} gradient steps; this works: {short_run(args)}"
     # --- end NE ---
+    check(args, rules)
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: the package wandb is missing; install it: pip install wandb")
+
+
+def check(args, rules):
+    """Ends the process at the first broken rule; rules: {argument: (whether it holds, what to do)}."""
+    for name, (holds, advice) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
 
 
 def check_only(args, argument, allowed):
@@ -237,6 +238,8 @@ def set_process(args):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     warnings.filterwarnings("ignore", module="gymnasium|glfw|shimmy|dm_control|moviepy|imageio|pygame")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    mujoco = importlib.import_module("mujoco")  # reads MUJOCO_GL
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 
@@ -262,9 +265,7 @@ def make_env(env_id, render=False):
     obs_space, action_space = env.observation_space, env.action_space
     for box in obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]:
         if not isinstance(box, gym.spaces.Box):
-            fail(
-                f"--env-id {env_id}: observations must be a Box or a Dict of Boxes, not {obs_space}; choose another task"
-            )
+            fail(f"--env-id {env_id}: observations must be a Box or a Dict of Boxes, not {obs_space}")
         if box.dtype == np.uint8 and len(box.shape) >= 2:
             fail(f"--env-id {env_id}: observations are images, this script takes vectors; choose a state-based task")
     if not isinstance(action_space, gym.spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
@@ -445,7 +446,7 @@ def grow_(layer, k, exclude=None):
 
 # --- end NE ---
 def dormant_scores(h):
-    """Each neuron's mean |activation| over the layer's (Sokar et al. 2023, eq. 1): [batch, n] -> [n]; zeros if h is 0."""
+    """Each neuron's mean |activation| over its layer's (Sokar et al. 2023): [batch, n] -> [n]; zeros if h is all 0."""
     mean_activation = h.abs().mean(0)
     return mean_activation / mean_activation.mean().clamp(min=torch.finfo(h.dtype).tiny)
 
@@ -562,6 +563,11 @@ class ReviewGate:
 # ===== Looking at the neurons (section 6) =====
 
 
+def inputs(batch):
+    """What each network sees of a batch -> {network's name: tuple of tensors}."""
+    return {"actor": (batch.obs,), "qf1": (batch.obs, batch.actions), "qf2": (batch.obs, batch.actions)}
+
+
 @torch.no_grad()
 def neuron_statistics(hidden):
     """Shares of all hidden neurons: list of [batch, n_l] -> the values logged under neurons/<net>/."""
@@ -575,12 +581,16 @@ def neuron_statistics(hidden):
 
 
 # --- NE: looking at the connections (section 6) ---
+def density(layers):
+    """Active connections over all connections of the layers -> float."""
+    return sum(int(layer.mask.sum()) for layer in layers) / sum(layer.mask.numel() for layer in layers)
+
+
 def connection_statistics(layers):
     """Densities, and the share of hidden neurons without an active outgoing connection, as they are logged."""
-    active, size = [int(layer.mask.sum()) for layer in layers], [layer.mask.numel() for layer in layers]
-    disconnected = torch.cat([~layer.mask.any(0) for layer in layers[1:]])
-    statistics = {"density": sum(active) / sum(size), "disconnected": float(disconnected.float().mean())}
-    return statistics | {f"density_layer{l + 1}": a / n for l, (a, n) in enumerate(zip(active, size, strict=True))}
+    disconnected = torch.cat([~layer.mask.any(0) for layer in layers[1:]]).float().mean()
+    by_layer = {f"density_layer{number}": density([layer]) for number, layer in enumerate(layers, start=1)}
+    return {"density": density(layers), "disconnected": float(disconnected)} | by_layer
 
 
 # --- end NE ---
@@ -778,11 +788,6 @@ def adam_step_(optimizer):
     torch._fused_adam_(group["params"], [p.grad for p in group["params"]], *moments, [], steps, **betas, **options)
 
 
-def all_finite(tensors):
-    """Whether every number in the tensors is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
 # ===== Training =====
 
 
@@ -796,6 +801,7 @@ def main(args):
         check_only(args, "resume", ())
         folder, args = Path(args.resume), load_args(Path(args.resume), "resume")
         if (folder / "model.pt").exists():
+            remove_buffers(folder)
             fail(f"--resume {folder}: this run is finished; play its agent with --evaluate {folder}")
         if (folder / "checkpoint.pt").exists():
             checkpoint = load(folder / "checkpoint.pt", "resume")
@@ -827,32 +833,33 @@ def train(args, folder, checkpoint, stop):
     """A run from its start, or from a checkpoint; ends after an episode if `stop` is not empty -> the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    log_generator = torch.Generator().manual_seed(args.seed + 1)  # looking at the neurons disturbs no other draw
+    generators = {"run": torch.default_generator, "log": torch.Generator().manual_seed(args.seed + 1)}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
     env, eval_env = make_env(args.env_id, render=args.capture_video), make_env(args.env_id)
     obs_dim, action_dim, space = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
+    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (space.low, space.high))
 
     actor = Actor(obs_dim, space.low, space.high, args.hidden_dim).to(device)
     qf1 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
     qf2 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
+    networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     # --- NE: sparse start (section 2) ---
-    ne_generator = torch.Generator().manual_seed(args.seed + 2)  # what NE draws leaves TD3's draws as they are
-    for network in (actor, qf1, qf2):
+    ne_generator = generators["ne"] = torch.Generator().manual_seed(args.seed + 2)  # leaves TD3's draws as they are
+    for network in networks.values():
         sparse_start_(masked_layers(network), args.initial_density, ne_generator)
-    plans = {
-        name: GrowthPlan(masked_layers(network), args)
-        for name, network in (("actor", actor), ("qf1", qf1), ("qf2", qf2))
-    }
+    plans = {name: GrowthPlan(masked_layers(network), args) for name, network in networks.items()}
     gate, reviewed = ReviewGate(args.review_floor), 0
     # --- end NE ---
     target_actor, qf1_target, qf2_target = (copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2))
-    networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
-    networks |= {"target_actor": target_actor, "qf1_target": qf1_target, "qf2_target": qf2_target}
+    models = networks | {"target_actor": target_actor, "qf1_target": qf1_target, "qf2_target": qf2_target}
     actor_parameters = list(actor.parameters())
     qf_parameters = list(qf1.parameters()) + list(qf2.parameters())
-    online = actor_parameters + qf_parameters
-    targets = [p for net in (target_actor, qf1_target, qf2_target) for p in net.parameters()]
+    parameters = actor_parameters + qf_parameters
+    target_parameters = [p for net in (target_actor, qf1_target, qf2_target) for p in net.parameters()]
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(qf_parameters, lr=args.learning_rate, fused=True)
+    trained = models | {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     try:
         rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except RuntimeError:
@@ -862,22 +869,16 @@ def train(args, folder, checkpoint, stop):
 
     if checkpoint:
         try:
-            for name, network in networks.items():
-                network.load_state_dict(checkpoint[name])
-            actor_optimizer.load_state_dict(checkpoint["actor_optimizer"])
-            q_optimizer.load_state_dict(checkpoint["q_optimizer"])
+            for name, part in trained.items():
+                part.load_state_dict(checkpoint[name])
             rb.load(folder / checkpoint["buffer"], checkpoint["buffer_size"], checkpoint["buffer_position"])
             # --- NE: its state ---
-            gate.__dict__.update(checkpoint["gate"])
-            ne_generator.set_state(checkpoint["ne_generator"])
             reviewed = checkpoint["reviewed"]
-            for name, plan in plans.items():
-                plan.__dict__.update(checkpoint["plans"][name])
+            for name, part in (plans | {"gate": gate}).items():
+                vars(part).update(checkpoint["ne"][name])
             # --- end NE ---
-            log_generator.set_state(checkpoint["log_generator"])
-            torch.set_rng_state(checkpoint["rng"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            for name in generators.keys() & checkpoint["generators"].keys():  # "cuda" may be new on this machine
+                generators[name].set_state(checkpoint["generators"][name])
             start_step, actor_loss = checkpoint["global_step"], checkpoint["actor_loss"]
         except (KeyError, RuntimeError, ValueError, OSError) as error:
             fail(f"--resume {folder}: its checkpoint is damaged or not of this task ({one_line(error)})")
@@ -887,57 +888,49 @@ def train(args, folder, checkpoint, stop):
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"train-from-{start_step}")
     if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=folder.name,
-            id=folder.name,
-            resume="allow",
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        options = {"id": folder.name, "name": folder.name, "resume": "allow", "config": dataclasses.asdict(args)}
+        wandb = importlib.import_module("wandb")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **options)
     writer = SummaryWriter(folder)
     if not checkpoint:
         table = "".join(f"|{name}|{value}|\n" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
 
+    def log(group, values):
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+    def check_finite(tensors):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            bar.close()
+            kept = f"the last good one is {folder}/checkpoint.pt" if checkpoint_step else "none was written before"
+            fail(
+                f"step {global_step}: a loss or a parameter is not finite; stopped without a checkpoint, {kept}", code=1
+            )
+
     def state():
         """All that it takes to go on from here, at the end of an episode."""
+        check_finite(parameters)
         writer.flush()
-        return {name: network.state_dict() for name, network in networks.items()} | {
+        return {name: part.state_dict() for name, part in trained.items()} | {
             "script": Path(__file__).stem,
             "global_step": global_step,
-            "actor_optimizer": actor_optimizer.state_dict(),
-            "q_optimizer": q_optimizer.state_dict(),
+            "actor_loss": actor_loss,
+            "generators": {name: generator.get_state() for name, generator in generators.items()},
+            # --- NE: its state ---
+            "reviewed": reviewed,
+            "ne": {name: vars(part) for name, part in (plans | {"gate": gate}).items()},
+            # --- end NE ---
             "buffer": f"buffer-{global_step}.bin",
             "buffer_size": rb.size,
             "buffer_position": rb.position,
-            # --- NE: its state ---
-            "gate": vars(gate),
-            "ne_generator": ne_generator.get_state(),
-            "reviewed": reviewed,
-            "plans": {name: vars(plan) for name, plan in plans.items()},
-            # --- end NE ---
-            "log_generator": log_generator.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-            "actor_loss": actor_loss,
             "events": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")},
         }
 
-    def check_finite(values, names):
-        if not all_finite(values):
-            kept = folder / "checkpoint.pt"
-            kept = f"the last good checkpoint is kept: {kept}" if kept.exists() else "no checkpoint was written before"
-            fail(f"step {global_step}: {names} not finite; stopped, {kept}", code=1)
-
-    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (space.low, space.high))
-    checkpoint_step, start_time, new_episode = start_step, time.time(), True
     # --- NE: layers with absent connections (section 1) ---
-    absent = sparse_weights(qf1, qf2), sparse_weights(actor)
+    absent_qf, absent_actor = sparse_weights(qf1, qf2), sparse_weights(actor)
     # --- end NE ---
+    checkpoint_step, start_time, new_episode = start_step, time.time(), True
     gc.collect()
     gc.freeze()  # spares the garbage collector the many objects of the libraries
     steps = range(start_step + 1, args.total_timesteps + 1)
@@ -947,7 +940,7 @@ def train(args, folder, checkpoint, stop):
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
             obs, episodic_return, episodic_length = np.array(obs, dtype=np.float32), 0.0, 0
 
-        # Act, with exploration noise; at random before learning starts
+        # Act: at random before learning starts, then with exploration noise
         with torch.no_grad():
             if global_step <= args.learning_starts:
                 action = low + (high - low) * torch.rand(action_dim, device=device)
@@ -957,50 +950,39 @@ def train(args, folder, checkpoint, stop):
         action = to_task(action, space)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         next_obs = np.array(next_obs, dtype=np.float32)
-        rb.add(obs, action, reward, next_obs, terminated)  # truncated steps bootstrap: only `terminated` is stored
+        rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
         obs, new_episode = next_obs, terminated or truncated
         episodic_return, episodic_length = episodic_return + float(reward), episodic_length + 1
 
-        # Learn: one gradient step of the critics for each environment step
         if global_step > args.learning_starts:
             t = global_step - args.learning_starts
             # --- NE: experience review (section 5) ---
-            review = args.review and gate.review(float(torch.rand((), generator=ne_generator)))
-            reviewed += review
-            oldest = 0.25 if review else 1.0
+            review = args.review and gate.review(torch.rand((), generator=ne_generator).item())
+            reviewed, oldest = reviewed + review, 0.25 if review else 1.0
             # --- end NE ---
             batch = rb.sample(args.batch_size, oldest)
 
-            # Target: the smaller of two target critics at a smoothed target action (TD3, eq. 14)
+            # Target policy smoothing, clipped double Q-learning (TD3, algorithm 1)
             with torch.no_grad():
                 noise = (args.policy_noise * torch.randn_like(batch.actions)).clamp(-args.noise_clip, args.noise_clip)
-                next_actions = target_actor(batch.next_obs) + noise * actor.action_scale
-                next_actions = next_actions.clamp(low, high)
-                next_values = torch.min(
-                    qf1_target(batch.next_obs, next_actions), qf2_target(batch.next_obs, next_actions)
-                )
-                target_values = batch.reward + args.gamma * (1 - batch.terminated) * next_values
+                next_actions = (target_actor(batch.next_obs) + noise * actor.action_scale).clamp(low, high)
+                qf1_next, qf2_next = qf1_target(batch.next_obs, next_actions), qf2_target(batch.next_obs, next_actions)
+                next_values = batch.reward + args.gamma * (1 - batch.terminated) * torch.min(qf1_next, qf2_next)
 
-            qf1_values = qf1(batch.obs, batch.actions)
-            qf2_values = qf2(batch.obs, batch.actions)
-            qf1_loss = F.mse_loss(qf1_values, target_values)
-            qf2_loss = F.mse_loss(qf2_values, target_values)
+            qf1_values, qf2_values = qf1(batch.obs, batch.actions), qf2(batch.obs, batch.actions)
+            qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
             qf_loss = qf1_loss + qf2_loss
             q_optimizer.zero_grad()
             qf_loss.backward()
             # --- NE: elastic growth and dormant pruning of the critics (sections 3, 4) ---
             event = (args.grow or args.prune) and t % args.growth_interval == 0
             if event:
-                scoring, probe = (rb.sample(2048, generator=ne_generator) for _ in range(2))
-                inputs = (scoring.obs, scoring.actions), (probe.obs, probe.actions)
+                scoring, probe = (inputs(rb.sample(2048, generator=ne_generator)) for _ in range(2))
                 for name, target in (("qf1", qf1_target), ("qf2", qf2_target)):
-                    done = grow_and_prune_(
-                        networks[name], target, q_optimizer, plans[name], t, args, ne_generator, *inputs
-                    )
-                    for key, value in done.items():
-                        writer.add_scalar(f"ne/{name}/{key}", value, global_step)
-                absent = sparse_weights(qf1, qf2), absent[1]
-            zero_absent_gradients_(*absent[0])
+                    event_of = plans[name], t, args, ne_generator, scoring[name], probe[name]
+                    log(f"ne/{name}", grow_and_prune_(networks[name], target, q_optimizer, *event_of))
+                absent_qf = sparse_weights(qf1, qf2)
+            zero_absent_gradients_(*absent_qf)
             # --- end NE ---
             adam_step_(q_optimizer)
 
@@ -1011,88 +993,68 @@ def train(args, folder, checkpoint, stop):
                 actor_loss.backward(inputs=actor_parameters)  # no gradient for the critic's parameters
                 # --- NE: elastic growth and dormant pruning of the actor (sections 3, 4) ---
                 if event:
-                    inputs = (scoring.obs,), (probe.obs,)
-                    done = grow_and_prune_(
-                        actor, target_actor, actor_optimizer, plans["actor"], t, args, ne_generator, *inputs
-                    )
-                    for key, value in done.items():
-                        writer.add_scalar(f"ne/actor/{key}", value, global_step)
-                    absent = absent[0], sparse_weights(actor)
-                zero_absent_gradients_(*absent[1])
+                    event_of = plans["actor"], t, args, ne_generator, scoring["actor"], probe["actor"]
+                    log("ne/actor", grow_and_prune_(actor, target_actor, actor_optimizer, *event_of))
+                    absent_actor = sparse_weights(actor)
+                zero_absent_gradients_(*absent_actor)
                 # --- end NE ---
                 adam_step_(actor_optimizer)
                 actor_loss = actor_loss.detach()
                 with torch.no_grad():
-                    torch._foreach_lerp_(targets, online, args.tau)
+                    torch._foreach_lerp_(target_parameters, parameters, args.tau)
 
-            # --- NE: follow the number of dormant neurons (section 5) ---
+            # --- NE: the review threshold follows the dormant neurons of the critics (section 5) ---
             if args.review and t % args.neuron_interval == 0:
                 scoring = rb.sample(2048, generator=ne_generator)
                 with torch.no_grad():
                     hidden = qf1.hidden(scoring.obs, scoring.actions) + qf2.hidden(scoring.obs, scoring.actions)
                 scores = torch.cat([dormant_scores(h) for h in hidden])
                 gate.update(int((scores <= 0.1).sum()), len(scores))
-                writer.add_scalar("ne/review_threshold", gate.threshold, global_step)
-                writer.add_scalar("ne/review_share", reviewed / args.neuron_interval, global_step)
+                log("ne", {"review_threshold": gate.threshold, "review_share": reviewed / args.neuron_interval})
                 reviewed = 0
             # --- end NE ---
             if t % args.neuron_interval == 0:
-                sample = rb.sample(2048, generator=log_generator)
-                for name, inputs in (
-                    ("actor", (sample.obs,)),
-                    ("qf1", (sample.obs, sample.actions)),
-                    ("qf2", (sample.obs, sample.actions)),
-                ):
-                    with torch.no_grad():
-                        statistics = neuron_statistics(networks[name].hidden(*inputs))
+                for name, sample in inputs(rb.sample(2048, generator=generators["log"])).items():
+                    log(f"neurons/{name}", neuron_statistics(networks[name].hidden(*sample)))
                     # --- NE: looking at the connections (section 6) ---
-                    statistics |= connection_statistics(masked_layers(networks[name]))
+                    log(f"neurons/{name}", connection_statistics(masked_layers(networks[name])))
                     # --- end NE ---
-                    for key, value in statistics.items():
-                        writer.add_scalar(f"neurons/{name}/{key}", value, global_step)
             if t % 100 == 0:
                 losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
                 losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
                 losses |= {} if actor_loss is None else {"actor_loss": actor_loss}
-                check_finite([*losses.values(), *online], "a loss or a parameter is")
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
+                check_finite([*losses.values(), *parameters])
+                log("losses", {name: value.item() for name, value in losses.items()})
+                log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
 
         if args.eval_interval and global_step % args.eval_interval == 0:
             returns = evaluate(actor, eval_env, args.eval_episodes, args.seed)
-            writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
-            writer.add_scalar("eval/episodic_return_std", np.std(returns), global_step)
-
+            log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
         if new_episode:
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-            writer.add_scalar("charts/episodic_length", episodic_length, global_step)
+            log("charts", {"episodic_return": episodic_return, "episodic_length": episodic_length})
             shown = {"return": f"{episodic_return:.1f}"}
-            # --- NE: density ---
-            layers = [layer for net in (actor, qf1, qf2) for layer in masked_layers(net)]
-            shown["density"] = f"{sum(int(l.mask.sum()) for l in layers) / sum(l.mask.numel() for l in layers):.3f}"
+            # --- NE: density of all networks together ---
+            shown["density"] = f"{density([*masked_layers(actor), *masked_layers(qf1), *masked_layers(qf2)]):.3f}"
             # --- end NE ---
             bar.set_postfix(shown, refresh=False)
-            due = args.checkpoint_interval and (
-                global_step // args.checkpoint_interval > checkpoint_step // args.checkpoint_interval
-            )
+            interval = args.checkpoint_interval
+            due = interval and global_step // interval > checkpoint_step // interval
             if (due or stop) and global_step < args.total_timesteps:
-                check_finite(online, "a parameter is")
                 save_checkpoint(folder, state(), rb)
                 checkpoint_step = global_step
-            if stop and global_step < args.total_timesteps:
-                bar.close()
-                writer.close()
-                print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {folder}")
-                sys.exit(128 + stop[0])
+                if stop:
+                    bar.close()
+                    env.close()
+                    print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {folder}")
+                    sys.exit(128 + stop[0])
 
-    check_finite(online, "a parameter is")
-    if args.checkpoint_interval:
-        save(state(), folder / "checkpoint.pt")  # for the record: a finished run does not go on
+    final = state()
     writer.close()
     env.close()
     eval_env.close()
-    save({name: network.state_dict() for name, network in networks.items()}, folder / "model.pt")
+    save({name: model.state_dict() for name, model in models.items()}, folder / "model.pt")
+    if args.checkpoint_interval:
+        save(final, folder / "checkpoint.pt")
     remove_buffers(folder)
     print(f"finished: {folder}")
     return folder

@@ -146,30 +146,32 @@ def short_run(args):
 
 def check_args(args):
     """Ends the process with a line that says what to do if an argument makes no sense."""
-
-    def require(holds, name, rule):
-        if not holds:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
-
-    for name in (
-        "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes torch_threads"
-    ).split():
-        require(getattr(args, name) >= 1, name, "must be at least 1")
+    positive = "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes"
+    finite = "policy_noise noise_clip exploration_noise"
+    rules = {name: (getattr(args, name) >= 1, "must be at least 1") for name in [*positive.split(), "torch_threads"]}
+    rules |= {name: (0 <= getattr(args, name) < math.inf, "must be finite, 0 or more") for name in finite.split()}
     for name in ("eval_interval", "checkpoint_interval", "learning_starts"):
-        require(getattr(args, name) >= 0, name, "must not be negative")
-    for name in ("policy_noise", "noise_clip", "exploration_noise"):
-        require(0 <= getattr(args, name) < math.inf, name, "must be a finite number, 0 or more")
-    require(0 < args.learning_rate < math.inf, "learning_rate", "must be a finite number above 0")
-    require(0 <= args.gamma <= 1, "gamma", "must lie in [0, 1]")
-    require(0 < args.tau <= 1, "tau", "must lie in (0, 1]")
-    require(0 <= args.seed < 2**31, "seed", "must lie in 0 ... 2147483647")
+        rules[name] = getattr(args, name) >= 0, "must not be negative"
+    rules["seed"] = 0 <= args.seed < 2**31, "must lie in 0 ... 2147483647"
+    rules["learning_rate"] = 0 < args.learning_rate < math.inf, "must be finite and above 0"
+    rules["gamma"] = 0 <= args.gamma <= 1, "must lie in [0, 1]"
+    rules["tau"] = 0 < args.tau <= 1, "must lie in (0, 1]"
+    check(args, rules)
     fits = args.batch_size <= args.buffer_size
-    require(fits, "batch_size", f"more than the buffer can hold; raise --buffer-size (now {args.buffer_size})")
-    if args.learning_starts >= args.total_timesteps:
-        rule = f"must be less than --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
-        require(False, "learning_starts", rule)
+    rules = {"batch_size": (fits, f"more than --buffer-size {args.buffer_size} can hold; lower it or raise that")}
+    learns = args.learning_starts < args.total_timesteps
+    advice = "" if learns else f"not below --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
+    rules["learning_starts"] = learns, advice
+    check(args, rules)
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: the package wandb is missing; install it: pip install wandb")
+
+
+def check(args, rules):
+    """Ends the process at the first broken rule; rules: {argument: (whether it holds, what to do)}."""
+    for name, (holds, advice) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
 
 
 def check_only(args, argument, allowed):
@@ -191,6 +193,8 @@ def set_process(args):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     warnings.filterwarnings("ignore", module="gymnasium|glfw|shimmy|dm_control|moviepy|imageio|pygame")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    mujoco = importlib.import_module("mujoco")  # reads MUJOCO_GL
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 
@@ -216,9 +220,7 @@ def make_env(env_id, render=False):
     obs_space, action_space = env.observation_space, env.action_space
     for box in obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]:
         if not isinstance(box, gym.spaces.Box):
-            fail(
-                f"--env-id {env_id}: observations must be a Box or a Dict of Boxes, not {obs_space}; choose another task"
-            )
+            fail(f"--env-id {env_id}: observations must be a Box or a Dict of Boxes, not {obs_space}")
         if box.dtype == np.uint8 and len(box.shape) >= 2:
             fail(f"--env-id {env_id}: observations are images, this script takes vectors; choose a state-based task")
     if not isinstance(action_space, gym.spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
@@ -290,12 +292,17 @@ class Actor(nn.Module):
 
 
 def dormant_scores(h):
-    """Each neuron's mean |activation| over the layer's (Sokar et al. 2023, eq. 1): [batch, n] -> [n]; zeros if h is 0."""
+    """Each neuron's mean |activation| over its layer's (Sokar et al. 2023): [batch, n] -> [n]; zeros if h is all 0."""
     mean_activation = h.abs().mean(0)
     return mean_activation / mean_activation.mean().clamp(min=torch.finfo(h.dtype).tiny)
 
 
 # ===== Looking at the neurons (section 6) =====
+
+
+def inputs(batch):
+    """What each network sees of a batch -> {network's name: tuple of tensors}."""
+    return {"actor": (batch.obs,), "qf1": (batch.obs, batch.actions), "qf2": (batch.obs, batch.actions)}
 
 
 @torch.no_grad()
@@ -501,11 +508,6 @@ def adam_step_(optimizer):
     torch._fused_adam_(group["params"], [p.grad for p in group["params"]], *moments, [], steps, **betas, **options)
 
 
-def all_finite(tensors):
-    """Whether every number in the tensors is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
 # ===== Training =====
 
 
@@ -519,6 +521,7 @@ def main(args):
         check_only(args, "resume", ())
         folder, args = Path(args.resume), load_args(Path(args.resume), "resume")
         if (folder / "model.pt").exists():
+            remove_buffers(folder)
             fail(f"--resume {folder}: this run is finished; play its agent with --evaluate {folder}")
         if (folder / "checkpoint.pt").exists():
             checkpoint = load(folder / "checkpoint.pt", "resume")
@@ -550,22 +553,26 @@ def train(args, folder, checkpoint, stop):
     """A run from its start, or from a checkpoint; ends after an episode if `stop` is not empty -> the run's folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    log_generator = torch.Generator().manual_seed(args.seed + 1)  # looking at the neurons disturbs no other draw
+    generators = {"run": torch.default_generator, "log": torch.Generator().manual_seed(args.seed + 1)}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
     env, eval_env = make_env(args.env_id, render=args.capture_video), make_env(args.env_id)
     obs_dim, action_dim, space = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
+    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (space.low, space.high))
 
     actor = Actor(obs_dim, space.low, space.high, args.hidden_dim).to(device)
     qf1 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
     qf2 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
-    target_actor, qf1_target, qf2_target = (copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2))
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
-    networks |= {"target_actor": target_actor, "qf1_target": qf1_target, "qf2_target": qf2_target}
+    target_actor, qf1_target, qf2_target = (copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2))
+    models = networks | {"target_actor": target_actor, "qf1_target": qf1_target, "qf2_target": qf2_target}
     actor_parameters = list(actor.parameters())
     qf_parameters = list(qf1.parameters()) + list(qf2.parameters())
-    online = actor_parameters + qf_parameters
-    targets = [p for net in (target_actor, qf1_target, qf2_target) for p in net.parameters()]
+    parameters = actor_parameters + qf_parameters
+    target_parameters = [p for net in (target_actor, qf1_target, qf2_target) for p in net.parameters()]
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(qf_parameters, lr=args.learning_rate, fused=True)
+    trained = models | {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     try:
         rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     except RuntimeError:
@@ -575,15 +582,11 @@ def train(args, folder, checkpoint, stop):
 
     if checkpoint:
         try:
-            for name, network in networks.items():
-                network.load_state_dict(checkpoint[name])
-            actor_optimizer.load_state_dict(checkpoint["actor_optimizer"])
-            q_optimizer.load_state_dict(checkpoint["q_optimizer"])
+            for name, part in trained.items():
+                part.load_state_dict(checkpoint[name])
             rb.load(folder / checkpoint["buffer"], checkpoint["buffer_size"], checkpoint["buffer_position"])
-            log_generator.set_state(checkpoint["log_generator"])
-            torch.set_rng_state(checkpoint["rng"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            for name in generators.keys() & checkpoint["generators"].keys():  # "cuda" may be new on this machine
+                generators[name].set_state(checkpoint["generators"][name])
             start_step, actor_loss = checkpoint["global_step"], checkpoint["actor_loss"]
         except (KeyError, RuntimeError, ValueError, OSError) as error:
             fail(f"--resume {folder}: its checkpoint is damaged or not of this task ({one_line(error)})")
@@ -593,47 +596,41 @@ def train(args, folder, checkpoint, stop):
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"train-from-{start_step}")
     if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=folder.name,
-            id=folder.name,
-            resume="allow",
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        options = {"id": folder.name, "name": folder.name, "resume": "allow", "config": dataclasses.asdict(args)}
+        wandb = importlib.import_module("wandb")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **options)
     writer = SummaryWriter(folder)
     if not checkpoint:
         table = "".join(f"|{name}|{value}|\n" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
 
+    def log(group, values):
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+    def check_finite(tensors):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            bar.close()
+            kept = f"the last good one is {folder}/checkpoint.pt" if checkpoint_step else "none was written before"
+            fail(
+                f"step {global_step}: a loss or a parameter is not finite; stopped without a checkpoint, {kept}", code=1
+            )
+
     def state():
         """All that it takes to go on from here, at the end of an episode."""
+        check_finite(parameters)
         writer.flush()
-        return {name: network.state_dict() for name, network in networks.items()} | {
+        return {name: part.state_dict() for name, part in trained.items()} | {
             "script": Path(__file__).stem,
             "global_step": global_step,
-            "actor_optimizer": actor_optimizer.state_dict(),
-            "q_optimizer": q_optimizer.state_dict(),
+            "actor_loss": actor_loss,
+            "generators": {name: generator.get_state() for name, generator in generators.items()},
             "buffer": f"buffer-{global_step}.bin",
             "buffer_size": rb.size,
             "buffer_position": rb.position,
-            "log_generator": log_generator.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-            "actor_loss": actor_loss,
             "events": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")},
         }
 
-    def check_finite(values, names):
-        if not all_finite(values):
-            kept = folder / "checkpoint.pt"
-            kept = f"the last good checkpoint is kept: {kept}" if kept.exists() else "no checkpoint was written before"
-            fail(f"step {global_step}: {names} not finite; stopped, {kept}", code=1)
-
-    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (space.low, space.high))
     checkpoint_step, start_time, new_episode = start_step, time.time(), True
     gc.collect()
     gc.freeze()  # spares the garbage collector the many objects of the libraries
@@ -644,7 +641,7 @@ def train(args, folder, checkpoint, stop):
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
             obs, episodic_return, episodic_length = np.array(obs, dtype=np.float32), 0.0, 0
 
-        # Act, with exploration noise; at random before learning starts
+        # Act: at random before learning starts, then with exploration noise
         with torch.no_grad():
             if global_step <= args.learning_starts:
                 action = low + (high - low) * torch.rand(action_dim, device=device)
@@ -654,29 +651,23 @@ def train(args, folder, checkpoint, stop):
         action = to_task(action, space)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         next_obs = np.array(next_obs, dtype=np.float32)
-        rb.add(obs, action, reward, next_obs, terminated)  # truncated steps bootstrap: only `terminated` is stored
+        rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
         obs, new_episode = next_obs, terminated or truncated
         episodic_return, episodic_length = episodic_return + float(reward), episodic_length + 1
 
-        # Learn: one gradient step of the critics for each environment step
         if global_step > args.learning_starts:
             t = global_step - args.learning_starts
             batch = rb.sample(args.batch_size)
 
-            # Target: the smaller of two target critics at a smoothed target action (TD3, eq. 14)
+            # Target policy smoothing, clipped double Q-learning (TD3, algorithm 1)
             with torch.no_grad():
                 noise = (args.policy_noise * torch.randn_like(batch.actions)).clamp(-args.noise_clip, args.noise_clip)
-                next_actions = target_actor(batch.next_obs) + noise * actor.action_scale
-                next_actions = next_actions.clamp(low, high)
-                next_values = torch.min(
-                    qf1_target(batch.next_obs, next_actions), qf2_target(batch.next_obs, next_actions)
-                )
-                target_values = batch.reward + args.gamma * (1 - batch.terminated) * next_values
+                next_actions = (target_actor(batch.next_obs) + noise * actor.action_scale).clamp(low, high)
+                qf1_next, qf2_next = qf1_target(batch.next_obs, next_actions), qf2_target(batch.next_obs, next_actions)
+                next_values = batch.reward + args.gamma * (1 - batch.terminated) * torch.min(qf1_next, qf2_next)
 
-            qf1_values = qf1(batch.obs, batch.actions)
-            qf2_values = qf2(batch.obs, batch.actions)
-            qf1_loss = F.mse_loss(qf1_values, target_values)
-            qf2_loss = F.mse_loss(qf2_values, target_values)
+            qf1_values, qf2_values = qf1(batch.obs, batch.actions), qf2(batch.obs, batch.actions)
+            qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
             qf_loss = qf1_loss + qf2_loss
             q_optimizer.zero_grad()
             qf_loss.backward()
@@ -690,58 +681,44 @@ def train(args, folder, checkpoint, stop):
                 adam_step_(actor_optimizer)
                 actor_loss = actor_loss.detach()
                 with torch.no_grad():
-                    torch._foreach_lerp_(targets, online, args.tau)
+                    torch._foreach_lerp_(target_parameters, parameters, args.tau)
 
             if t % args.neuron_interval == 0:
-                sample = rb.sample(2048, generator=log_generator)
-                for name, inputs in (
-                    ("actor", (sample.obs,)),
-                    ("qf1", (sample.obs, sample.actions)),
-                    ("qf2", (sample.obs, sample.actions)),
-                ):
-                    with torch.no_grad():
-                        statistics = neuron_statistics(networks[name].hidden(*inputs))
-                    for key, value in statistics.items():
-                        writer.add_scalar(f"neurons/{name}/{key}", value, global_step)
+                for name, sample in inputs(rb.sample(2048, generator=generators["log"])).items():
+                    log(f"neurons/{name}", neuron_statistics(networks[name].hidden(*sample)))
             if t % 100 == 0:
                 losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
                 losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
                 losses |= {} if actor_loss is None else {"actor_loss": actor_loss}
-                check_finite([*losses.values(), *online], "a loss or a parameter is")
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
+                check_finite([*losses.values(), *parameters])
+                log("losses", {name: value.item() for name, value in losses.items()})
+                log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
 
         if args.eval_interval and global_step % args.eval_interval == 0:
             returns = evaluate(actor, eval_env, args.eval_episodes, args.seed)
-            writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
-            writer.add_scalar("eval/episodic_return_std", np.std(returns), global_step)
-
+            log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
         if new_episode:
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-            writer.add_scalar("charts/episodic_length", episodic_length, global_step)
+            log("charts", {"episodic_return": episodic_return, "episodic_length": episodic_length})
             shown = {"return": f"{episodic_return:.1f}"}
             bar.set_postfix(shown, refresh=False)
-            due = args.checkpoint_interval and (
-                global_step // args.checkpoint_interval > checkpoint_step // args.checkpoint_interval
-            )
+            interval = args.checkpoint_interval
+            due = interval and global_step // interval > checkpoint_step // interval
             if (due or stop) and global_step < args.total_timesteps:
-                check_finite(online, "a parameter is")
                 save_checkpoint(folder, state(), rb)
                 checkpoint_step = global_step
-            if stop and global_step < args.total_timesteps:
-                bar.close()
-                writer.close()
-                print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {folder}")
-                sys.exit(128 + stop[0])
+                if stop:
+                    bar.close()
+                    env.close()
+                    print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {folder}")
+                    sys.exit(128 + stop[0])
 
-    check_finite(online, "a parameter is")
-    if args.checkpoint_interval:
-        save(state(), folder / "checkpoint.pt")  # for the record: a finished run does not go on
+    final = state()
     writer.close()
     env.close()
     eval_env.close()
-    save({name: network.state_dict() for name, network in networks.items()}, folder / "model.pt")
+    save({name: model.state_dict() for name, model in models.items()}, folder / "model.pt")
+    if args.checkpoint_interval:
+        save(final, folder / "checkpoint.pt")
     remove_buffers(folder)
     print(f"finished: {folder}")
     return folder

@@ -1,0 +1,135 @@
+"""What the tests share: the scripts, how to run them, how to read what they wrote, and toy tasks."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each family's scripts by name; the first is the parent of the family's other ones.
+FAMILIES = {
+    "continuous": ["baselines/td3_continuous.py", "ne_td3_continuous.py"],
+}
+PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
+
+
+def load_script(path):
+    """Imports a script by its path, under its file name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
+NE = SCRIPTS["ne_td3_continuous"]
+TD3 = SCRIPTS["td3_continuous"]
+
+
+def scripts_with(*names):
+    """Names of the scripts that define all of `names`, for pytest.mark.parametrize."""
+    return [script for script, module in SCRIPTS.items() if all(hasattr(module, name) for name in names)]
+
+
+def short_args(script, **changes):
+    """Arguments of a run of a second or two -> the script's Args."""
+    module = SCRIPTS[script]
+    values = {
+        "env_id": "Pendulum-v1",
+        "total_timesteps": 900,
+        "learning_starts": 300,
+        "batch_size": 16,
+        "hidden_dim": 32,
+        "eval_interval": 0,
+        "neuron_interval": 100,
+        "growth_interval": 50,
+        "cuda": False,
+    }
+    fields = module.Args.__dataclass_fields__
+    return module.Args(**{name: value for name, value in (values | changes).items() if name in fields})
+
+
+def flags(args):
+    """The command-line words that make the script's Args equal to `args`."""
+    words = []
+    for name, field in args.__dataclass_fields__.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value == field.default:
+            continue
+        words += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+    return words
+
+
+def command(script, *words):
+    """The command that runs a script as a user would -> list."""
+    return [sys.executable, str(PATHS[script]), *map(str, words)]
+
+
+def run(script, *words, **options):
+    """Runs a script as a user would -> subprocess.CompletedProcess with text."""
+    environment = os.environ | options.pop("env", {})
+    return subprocess.run(
+        command(script, *words), capture_output=True, text=True, timeout=300, env=environment, **options
+    )
+
+
+def events(folder):
+    """All scalars in a run's event files -> {tag: [(step, value), ...] in the order in which they were logged}."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    scalars = {}
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    number = value.tensor.float_val[0] if value.tensor.float_val else value.simple_value
+                    scalars.setdefault(value.tag, []).append((event.step, number))
+    return scalars
+
+
+def saved(path):
+    """A checkpoint or model file -> its contents."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same(a, b):
+    """Whether two saved structures are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+class Counter(gym.Env):
+    """A toy task whose observation counts the steps of the episode, so that a mistaken observation shows.
+
+    Observation: [episode number, step in the episode]; reward: the first action. Ends after `length` steps, by
+    termination or, with `truncate`, by truncation.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def __init__(self, length=5, truncate=False, low=(-1.0,), high=(1.0,)):
+        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high), dtype=np.float32)
+        self.length, self.truncate, self.episode = length, truncate, -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_number = self.episode + 1, 0
+        return np.array([self.episode, 0], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action} is out of bounds"
+        self.step_number += 1
+        done = self.step_number == self.length
+        obs = np.array([self.episode, self.step_number], np.float32)
+        return obs, float(action[0]), done and not self.truncate, done and self.truncate, {}

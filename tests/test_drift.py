@@ -1,0 +1,116 @@
+"""The scripts of a family are the same code, except for what stands here and between their fences.
+
+A script without its fenced lines, and after the replacements of this table, is its family's parent to the letter,
+blank lines and the docstring at its top aside. So a change in one copy alone, of one character, is found.
+"""
+
+import ast
+import inspect
+import re
+
+import pytest
+from harness import FAMILIES, ROOT, SCRIPTS
+
+FENCE = re.compile(r"\s*# --- (?!end )(\w[\w ]*): .+ ---$")
+FENCE_END = re.compile(r"\s*# --- end (\w[\w ]*) ---$")
+
+# (script, what it says, what its parent says, why)
+INTENDED = [
+    ("ne_td3_continuous.py", "MaskedLinear(", "nn.Linear(", "NE's layers have a mask"),
+    ("ne_td3_continuous.py", "batch_size, oldest=1.0, generator", "batch_size, generator", "NE reviews the oldest"),
+    (
+        "ne_td3_continuous.py",
+        "rb.sample(args.batch_size, oldest)",
+        "rb.sample(args.batch_size)",
+        "NE reviews the oldest",
+    ),
+]
+
+# Section 11: what every script that has the name must define alike, across families.
+SHARED = ["MaskedLinear", "erdos_renyi_densities", "scheduled_growth", "dormant_scores", "grow_", "prune_dormant_"]
+SHARED += ["ReviewGate", "adam_moments"]
+
+CHILDREN = [(child, paths[0]) for paths in FAMILIES.values() for child in paths[1:]]
+
+
+def without_docstring(text):
+    """A script's text after the docstring at its top."""
+    first = ast.parse(text).body[0]
+    assert isinstance(first.value, ast.Constant), "a script starts with a docstring"
+    return "\n".join(text.splitlines()[first.end_lineno :])
+
+
+def without_fences(text):
+    """The lines that are not between a fence and its end."""
+    kept, inside = [], None
+    for line in text.splitlines():
+        if opening := FENCE.match(line):
+            assert inside is None, f"a fence opens inside a fence: {line}"
+            inside = opening[1]
+        elif closing := FENCE_END.match(line):
+            assert inside == closing[1], f"a fence closes that is not open: {line}"
+            inside = None
+        elif inside is None:
+            kept.append(line)
+    assert inside is None, f"the fence {inside} stays open"
+    return "\n".join(kept)
+
+
+def as_parent(script, body):
+    """What a script's body would be without its method, blank lines left out -> list of lines."""
+    body = without_fences(body)
+    for name, own, parents, _ in INTENDED:
+        if name == script:
+            body = body.replace(own, parents)
+    return [line for line in body.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("child", "parent"), CHILDREN)
+def test_a_script_without_its_fenced_lines_is_its_parent(child, parent):
+    own, parents = (as_parent(path, without_docstring((ROOT / path).read_text())) for path in (child, parent))
+    for number, (mine, theirs) in enumerate(zip(own, parents, strict=False)):
+        assert mine == theirs, f"{child} departs from {parent} at its {number + 1}th common line"
+    assert len(own) == len(parents)
+
+
+@pytest.mark.parametrize(("child", "parent"), CHILDREN)
+def test_a_change_of_one_character_in_either_copy_is_found(child, parent):
+    bodies = {path: without_docstring((ROOT / path).read_text()) for path in (child, parent)}
+    common = as_parent(parent, bodies[parent])
+    for path, body in bodies.items():
+        lines, fenced, tried = body.splitlines(), False, 0
+        for number, line in enumerate(lines):
+            if FENCE.match(line) or FENCE_END.match(line):
+                fenced = not FENCE_END.match(line)
+            elif line.strip() and not fenced:
+                tried += 1
+                changed = as_parent(path, "\n".join([*lines[:number], line + "#", *lines[number + 1 :]]))
+                assert changed != common, line
+        assert tried == len(common)
+
+
+@pytest.mark.parametrize("entry", INTENDED, ids=lambda entry: entry[1])
+def test_every_intended_difference_is_still_there(entry):
+    script, own, parents, reason = entry
+    assert reason
+    parent = next(parent for child, parent in CHILDREN if child == script)
+    assert own in (ROOT / script).read_text()
+    assert parents in (ROOT / parent).read_text()
+    assert own not in (ROOT / parent).read_text()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_the_algorithm_names_is_the_same_code_in_all_scripts(name):
+    sources = {script: inspect.getsource(getattr(m, name)) for script, m in SCRIPTS.items() if hasattr(m, name)}
+    assert sources
+    assert len(set(sources.values())) == 1, f"{name} differs between {sorted(sources)}"
+
+
+def test_no_script_imports_one_of_ours():
+    ours = set(SCRIPTS) | {"harness", "baselines", "benchmark"}
+    for paths in FAMILIES.values():
+        for path in paths:
+            tree = ast.parse((ROOT / path).read_text())
+            imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            assert not imported & ours
