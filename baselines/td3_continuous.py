@@ -208,9 +208,11 @@ def make_env(env_id, render=False):
             importlib.import_module("shimmy")  # registers the tasks
         env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
     except ImportError as error:
-        fail(f"--env-id {env_id}: a package that it needs cannot be imported: {one_line(error)}")
+        fail(
+            f"--env-id {env_id}: needs a package that is missing ({one_line(error)}); install it or choose another task"
+        )
     except Exception as error:
-        known = difflib.get_close_matches(env_id, list(gym.registry), n=3, cutoff=0.7)
+        known = difflib.get_close_matches(env_id, list(gym.registry), n=2, cutoff=0.7)
         hint = f"did you mean {', '.join(known)}?" if known else "gymnasium.pprint_registry() prints the known ones"
         problem = (
             "no such task" if isinstance(error, gym.error.UnregisteredEnv) else f"cannot be made: {one_line(error)}"
@@ -220,7 +222,7 @@ def make_env(env_id, render=False):
     obs_space, action_space = env.observation_space, env.action_space
     for box in obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]:
         if not isinstance(box, gym.spaces.Box):
-            fail(f"--env-id {env_id}: observations must be a Box or a Dict of Boxes, not {obs_space}")
+            fail(f"--env-id {env_id}: observations must be Boxes, not {obs_space}; choose another task")
         if box.dtype == np.uint8 and len(box.shape) >= 2:
             fail(f"--env-id {env_id}: observations are images, this script takes vectors; choose a state-based task")
     if not isinstance(action_space, gym.spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
