@@ -780,9 +780,10 @@ def cut_events(folder, sizes):
 @torch.no_grad()
 def adam_step_(optimizer):
     """What `optimizer.step()` of a fused Adam does, without its bookkeeping, which takes longer than the update."""
-    if not optimizer.state:
+    group = optimizer.param_groups[0]
+    if len(optimizer.state) < len(group["params"]):  # its first step, which makes its state
         return optimizer.step()
-    group, state = optimizer.param_groups[0], list(optimizer.state.values())
+    state = [optimizer.state[parameter] for parameter in group["params"]]
     moments = [[s[name] for s in state] for name in ("exp_avg", "exp_avg_sq")]
     steps, betas = [s["step"] for s in state], dict(zip(("beta1", "beta2"), group["betas"], strict=True))
     torch._foreach_add_(steps, 1)
