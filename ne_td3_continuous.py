@@ -114,7 +114,7 @@ class Args:
     hidden_dim: int = 256
     """units of each of the two hidden layers, actor and critics"""
     neuron_interval: int = 1_000
-    """gradient steps between two looks at the neurons (section 6)"""
+    """gradient steps between two looks at the neurons (sections 5 and 6)"""
 
     # --- NE: arguments ---
     # ===== NE =====
@@ -133,7 +133,7 @@ class Args:
     omega: float = 0.5
     """connections that pruning may take, as a share of those that the schedule has grown so far"""
     review_floor: float = 0.5
-    """lowest review threshold: at most 1 - review_floor of the batches review early experience"""
+    """lowest review threshold; at 0.5, about half of the batches at most review early experience"""
     # --- end NE ---
 
 

@@ -112,7 +112,7 @@ class Args:
     hidden_dim: int = 256
     """units of each of the two hidden layers, actor and critics"""
     neuron_interval: int = 1_000
-    """gradient steps between two looks at the neurons (section 6)"""
+    """gradient steps between two looks at the neurons (sections 5 and 6)"""
 
 
 # ===== Messages, arguments, process =====
