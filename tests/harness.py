@@ -75,7 +75,7 @@ def run(script, *words, **options):
     """Runs a script as a user would -> subprocess.CompletedProcess with text."""
     environment = os.environ | options.pop("env", {})
     return subprocess.run(
-        command(script, *words), capture_output=True, text=True, timeout=300, env=environment, **options
+        command(script, *words), capture_output=True, text=True, timeout=900, env=environment, **options
     )
 
 

@@ -107,15 +107,14 @@ class Seen(Exception):
 
 @pytest.mark.parametrize("cuda, expected", [(True, "cuda"), (False, "cpu")])
 @with_all
-def test_cuda_decides_where_batches_go_if_there_is_a_gpu(script, cuda, expected, monkeypatch):
+def test_cuda_decides_where_networks_go_if_there_is_a_gpu(script, cuda, expected, monkeypatch):
     module = harness.SCRIPTS[script]
 
-    def seen(self, capacity, obs_dim, action_dim, device):
+    def seen(self, device):
         raise Seen(torch.device(device).type)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **options: self)
-    monkeypatch.setattr(module.ReplayBuffer, "__init__", seen)
+    monkeypatch.setattr(torch.nn.Module, "to", seen)
     with pytest.raises(Seen, match=expected):
         module.main(harness.short_args(script, cuda=cuda))
 

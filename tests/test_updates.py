@@ -206,7 +206,7 @@ def test_the_gradients_by_hand_are_those_of_finite_differences():
 
 # ===== Gradients, losses, steps =====
 
-NOISES = [{"policy_noise": 0.0}, {"policy_noise": 0.2}, {"policy_noise": 1.5, "noise_clip": 1.4}]
+NOISES = [{"policy_noise": 0.0}, {"policy_noise": 0.5, "noise_clip": 0.4}, {"policy_noise": 1.5, "noise_clip": 1.4}]
 
 
 @pytest.mark.parametrize("noise", NOISES)
