@@ -124,6 +124,13 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def fail_to_render(what, error):
+    """Ends the process where OpenGL is missing."""
+    sys.unraisablehook = lambda _: None  # a half-made viewer complains when it is deleted
+    advice = "if OpenGL is missing: apt-get install libegl1 libgl1; MUJOCO_GL chooses another way to render"
+    fail(f"--capture-video: cannot make pictures{what} ({one_line(error)}); {advice}")
+
+
 def command_line(args):
     """The command that starts a run with these arguments -> str."""
     words = ["python", sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).name]
@@ -191,9 +198,13 @@ def set_process(args):
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # so does this, for tasks that pygame draws
     warnings.filterwarnings("ignore", module="gymnasium|glfw|shimmy|dm_control|moviepy|imageio|pygame")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    mujoco = importlib.import_module("mujoco")  # reads MUJOCO_GL
+    try:
+        mujoco = importlib.import_module("mujoco")  # as MUJOCO_GL says, so it may fail
+    except Exception as error:
+        fail_to_render("", error)
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
@@ -240,8 +251,7 @@ def make_env(env_id, render=False):
             env.reset(seed=0)
             env.render()
         except Exception as error:
-            advice = "without OpenGL: apt-get install libegl1 (or set MUJOCO_GL to another way to render)"
-            fail(f"--capture-video: cannot render {env_id} ({one_line(error)}); {advice}")
+            fail_to_render(f" of {env_id}", error)
     return env
 
 
@@ -470,7 +480,8 @@ def save(contents, path):
 def load(path, argument):
     """Reads what `save` wrote, without executing anything in it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         fail(f"--{argument} {path}: damaged, or not written by this script")
 

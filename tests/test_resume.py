@@ -241,6 +241,19 @@ def test_what_a_kill_left_of_an_unfinished_checkpoint_does_no_harm(interrupted, 
     assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
 
 
+def test_what_was_logged_after_the_checkpoint_is_cut(interrupted, tmp_path_factory):
+    script, source = interrupted
+    folder = Path(shutil.copytree(source, "copy"))
+    (log,) = folder.glob("events*")
+    complete = log.read_bytes()
+    with log.open("ab") as file:  # a second copy of the records, the last of them cut in the middle
+        file.write(complete[: -len(complete) // 3])
+    shutil.copy(log, folder / "events.out.tfevents.9999999999.resumed.1.0")  # of a resumed run that was killed, too
+    module = harness.SCRIPTS[script]
+    module.main(module.Args(resume=str(folder)))
+    assert_same_run(folder, uninterrupted(script, tmp_path_factory))
+
+
 class Evil:
     """Creates a file when it is unpickled."""
 

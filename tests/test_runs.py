@@ -59,6 +59,16 @@ def test_each_part_of_ne_makes_it_differ_from_plain_td3(script, change):
     assert not harness.same(without_masks(train(script, **settings, **off | change)[1]), td3)
 
 
+@with_ne
+def test_ne_leaves_every_draw_of_td3_as_it_is(script, monkeypatch):
+    seeds = []
+    for name in (script, "td3_continuous"):
+        monkeypatch.setattr(toys.RecordedPendulum, "instances", [])
+        train(name, env_id="ToyRecordedPendulum-v0", review_floor=0.0, neuron_interval=20)
+        seeds.append([seed for env in toys.RecordedPendulum.instances for seed in env.seeds])
+    assert seeds[0] == seeds[1] and len(seeds[0]) == 9  # the episodes' seeds come from TD3's generator
+
+
 # ===== Evaluation =====
 
 
