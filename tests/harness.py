@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each family's scripts by name; the first is the parent of the family's other ones.
 FAMILIES = {
-    "continuous": ["baselines/td3_continuous.py", "ne_td3_continuous.py"],
+    "continuous": [
+        "baselines/td3_continuous.py",
+        "ne_td3_continuous.py",
+        "baselines/reset_td3_continuous.py",
+        "baselines/redo_td3_continuous.py",
+        "baselines/injection_td3_continuous.py",
+        "baselines/layer_norm_td3_continuous.py",
+        "baselines/static_sparse_td3_continuous.py",
+        "baselines/rigl_td3_continuous.py",
+    ],
 }
 PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
 
@@ -62,7 +71,10 @@ def flags(args):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value == field.default:
             continue
-        words += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return words
 
 

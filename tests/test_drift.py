@@ -24,6 +24,29 @@ INTENDED = [
         "rb.sample(args.batch_size)",
         "NE reviews the oldest",
     ),
+    ("baselines/static_sparse_td3_continuous.py", "MaskedLinear(", "nn.Linear(", "its layers have a mask"),
+    ("baselines/rigl_td3_continuous.py", "MaskedLinear(", "nn.Linear(", "its layers have a mask"),
+    (
+        "baselines/layer_norm_td3_continuous.py",
+        "self.norm1(self.fc1(torch.cat([obs, actions], 1)))",
+        "self.fc1(torch.cat([obs, actions], 1))",
+        "the norm stands between a layer and its ReLU",
+    ),
+    ("baselines/layer_norm_td3_continuous.py", "self.norm1(self.fc1(obs))", "self.fc1(obs)", "as above"),
+    ("baselines/layer_norm_td3_continuous.py", "self.norm2(self.fc2(h1))", "self.fc2(h1)", "as above"),
+    (
+        "baselines/injection_td3_continuous.py",
+        "import Literal, NamedTuple",
+        "import NamedTuple",
+        "the type of --inject",
+    ),
+    (
+        "baselines/injection_td3_continuous.py",
+        "(self.fc3(self.hidden(obs, actions)[-1]) + frozen_sum(self, obs, actions)).squeeze(1)",
+        "self.fc3(self.hidden(obs, actions)[-1]).squeeze(1)",
+        "h - h2 is added to the output",
+    ),
+    ("baselines/injection_td3_continuous.py", " + frozen_sum(self, obs)", "", "h - h2 is added before the tanh"),
 ]
 
 # Section 11: what every script that has the name must define alike, across families.
