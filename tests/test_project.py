@@ -1,5 +1,6 @@
 """The project around the scripts: requirements, README, citation."""
 
+import difflib
 import json
 import re
 import subprocess
@@ -108,15 +109,25 @@ def test_the_readmes_start_blocks_set_up_and_run_all_that_they_need():
     assert tests == [*set_up, "pip install -r tests/requirements.txt", 'python -m pytest -m "not slow"']
 
 
+# whose tags a row of the README's table is about, by the end of its last column
+SPARSE = ("ne_td3_continuous", "static_sparse_td3_continuous", "rigl_td3_continuous")
+OWNERS = {", sparse networks": SPARSE, ", NE": ("ne_",), ", ReDo": ("redo_",), ", Reset": ("reset_",)}
+OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",)}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
-    folder = SCRIPTS[script].main(short_args(script, eval_interval=300, eval_episodes=1))
-    logged = {re.sub(r"layer\d$", "layer<l>", re.sub("/(actor|qf1|qf2)/", "/<net>/", tag)) for tag in events(folder)}
+    often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
+    folder = SCRIPTS[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
+    shortened = {"/(actor|qf1|qf2)(?=/|_recycled)": "/<net>", r"layer\d$": "layer<l>", "critic_parts": "actor_parts"}
+    logged = set(events(folder))
+    for pattern, short in shortened.items():
+        logged = {re.sub(pattern, short, tag) for tag in logged}
     logged.discard("hyperparameters/text_summary")
-    own = script.startswith("ne_")
     rows = [(tag.strip("`"), when) for tag, _, when in table("What you see")]
     assert len(rows) == len(set(rows))
-    assert logged == {tag for tag, when in rows if own or not when.endswith(", NE")}
+    owners = {tag: next((own for end, own in OWNERS.items() if when.endswith(end)), ("",)) for tag, when in rows}
+    assert logged == {tag for tag, own in owners.items() if script.startswith(own)}
 
 
 def test_what_the_audit_table_names_exists():
@@ -129,9 +140,10 @@ def test_what_the_audit_table_names_exists():
 
 
 def test_every_argument_that_the_readme_names_exists():
-    text = README.replace("tensorboard --logdir", "")
+    text = README.replace("tensorboard --logdir", "").replace("summary.py runs --picture", "")
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", text)}
-    known = set(NE.Args.__dataclass_fields__) | {f"no_{name}" for name in NE.Args.__dataclass_fields__}
+    fields = {name for module in SCRIPTS.values() for name in module.Args.__dataclass_fields__}
+    known = fields | {f"no_{name}" for name in fields}
     assert flags - known == {"help"}
 
 
@@ -143,9 +155,18 @@ def test_the_readme_has_every_section_that_a_script_refers_to():
 
 
 def test_the_readme_names_every_script():
-    assert [name.strip("`") for name, _ in table("Methods")] == [
-        path for paths in FAMILIES.values() for path in paths[1:] + paths[:1]
-    ]
+    paths = [path for paths in FAMILIES.values() for path in paths]
+    assert sorted(row[0].strip("`") for row in table("Methods")) == sorted(paths)
+
+
+def test_the_readme_gives_the_length_of_each_methods_diff():
+    for path, *_, lines in table("Methods"):
+        texts = [(ROOT / name).read_text().splitlines() for name in ("baselines/td3_continuous.py", path.strip("`"))]
+        common = sum(
+            match.size for match in difflib.SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks()
+        )
+        # diff and difflib may match a few lines differently
+        assert abs(len(texts[0]) + len(texts[1]) - 2 * common - int(lines)) <= 12, path
 
 
 def test_the_citation_names_the_software_and_both_papers():
