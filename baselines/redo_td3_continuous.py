@@ -141,7 +141,7 @@ def fail_to_render(what, error):
 
 def command_line(args):
     """The command that starts a run with these arguments -> str."""
-    words = ["python", sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).name]
+    words = ["python", os.path.relpath(__file__)]
     for field in dataclasses.fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         if value == field.default:
@@ -778,7 +778,8 @@ def train(args, folder, checkpoint, stop):
                 if stop:
                     bar.close()
                     env.close()
-                    print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {folder}")
+                    resume = f"python {os.path.relpath(__file__)} --resume {folder}"
+                    print(f"stopped at step {global_step}; go on with: {resume}")
                     sys.exit(128 + stop[0])
 
     final = state()
