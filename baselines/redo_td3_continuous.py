@@ -502,7 +502,9 @@ def load_args(folder, argument):
         fail(f"--{argument} {folder}: no such run folder")
     try:
         values = json.loads((folder / "args.json").read_text())
-        if set(values) != {field.name for field in dataclasses.fields(Args)}:
+        named = folder.resolve().name.split("__")  # task, script, seed, time, unless the user renamed it
+        foreign = len(named) == 4 and named[1] != Path(__file__).stem
+        if foreign or set(values) != {field.name for field in dataclasses.fields(Args)}:
             fail(f"--{argument} {folder}: a run of another script, not of {Path(__file__).name}; use that one")
     except (OSError, ValueError, TypeError):
         fail(f"--{argument} {folder}: no readable args.json there; this is not a run folder")
@@ -708,7 +710,11 @@ def train(args, folder, checkpoint, stop):
                 action = actor(torch.from_numpy(obs).to(device)[None])[0]
                 action += args.exploration_noise * actor.action_scale * torch.randn(action_dim, device=device)
         action = to_task(action, space)
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        try:
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+        except Exception:
+            check_finite(parameters)  # a task may refuse what a diverged actor does
+            raise
         next_obs = np.array(next_obs, dtype=np.float32)
         rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
         obs, new_episode = next_obs, terminated or truncated
@@ -764,6 +770,7 @@ def train(args, folder, checkpoint, stop):
                 log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
 
         if args.eval_interval and global_step % args.eval_interval == 0:
+            check_finite(parameters)
             returns = evaluate(actor, eval_env, args.eval_episodes, args.seed)
             log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
         if new_episode:

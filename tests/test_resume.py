@@ -337,7 +337,7 @@ def test_a_run_of_another_script_is_refused(interrupted, capsys):
 
 def test_a_run_of_another_script_is_refused_before_its_first_checkpoint_too(interrupted, capsys):
     script, source = interrupted
-    folder = Path(shutil.copytree(source, "copy"))
+    folder = Path(shutil.copytree(source, source.name))
     for path in [*folder.glob("*.pt"), *folder.glob("*.bin")]:
         path.unlink()
     before = contents(folder)

@@ -540,3 +540,13 @@ def test_track_sends_the_logs_to_the_project_and_entity(script, monkeypatch):
     assert (options["project"], options["entity"]) == ("my-project", "me")
     assert options["sync_tensorboard"] is True and options["name"] == folder.name
     assert options["config"]["total_timesteps"] == 400
+
+
+def test_a_diverged_agent_that_its_task_refuses_gets_one_clear_line(tmp_path):
+    words = harness.flags(harness.short_args("ne_td3_continuous", learning_rate=1e30))
+    task = "dm_control/cartpole-swingup-v0"  # its simulator raises an error when an action is not a number
+    words[words.index("--env-id") + 1] = task
+    result = harness.run("ne_td3_continuous", *words)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: step 30")
