@@ -37,7 +37,9 @@ def without_masks(model):
 @pytest.mark.parametrize("buffer_size", [1000, 400], ids=["", "buffer wrapped"])
 @with_ne
 def test_without_its_three_parts_and_dense_ne_is_plain_td3_to_the_bit(script, buffer_size):
-    (parent,) = (names[0] for names in harness.FAMILIES.values() if str(harness.PATHS[script]).endswith(names[-1]))
+    (parent,) = (
+        names[0] for names in harness.FAMILIES.values() if harness.PATHS[script] in [harness.ROOT / n for n in names]
+    )
     settings = {"buffer_size": buffer_size, "eval_interval": 300, "eval_episodes": 2}
     off = {"grow": False, "prune": False, "review": False, "initial_density": 1.0}
     _, ne, ne_log = train(script, **settings, **off)
