@@ -134,6 +134,12 @@ class Args:
     """connections that pruning may take, as a share of those that the schedule has grown so far"""
     review_floor: float = 0.5
     """lowest review threshold; at 0.5, about half of the batches at most review early experience"""
+
+    @property
+    def gradient_steps(self):
+        """Gradient steps of the whole run, T (section 1)."""
+        return self.total_timesteps - self.learning_starts
+
     # --- end NE ---
 
 
@@ -171,10 +177,9 @@ def short_run(args):
     """`args` with what does not fit a short run made to fit, as a command -> str."""
     fitting = dataclasses.replace(args, learning_starts=min(args.learning_starts, args.total_timesteps // 10))
     # --- NE: event interval of a short run ---
-    gradient_steps = fitting.total_timesteps - fitting.learning_starts
-    events = gradient_steps // 20 // args.policy_frequency
+    events = fitting.gradient_steps // 20 // args.policy_frequency
     fitting.growth_interval = min(args.growth_interval, max(1, events) * args.policy_frequency)
-    if fitting.growth_interval > gradient_steps or fitting.growth_interval % args.policy_frequency:
+    if fitting.growth_interval > fitting.gradient_steps or fitting.growth_interval % args.policy_frequency:
         fitting = dataclasses.replace(fitting, grow=False, prune=False, growth_interval=args.growth_interval)
     # --- end NE ---
     return command_line(fitting)
@@ -211,8 +216,9 @@ def check_args(args):
     if learns and (args.grow or args.prune):
         if args.growth_interval % args.policy_frequency:
             rules["growth_interval"] = False, f"must be a multiple of --policy-frequency {args.policy_frequency}"
-        elif args.growth_interval > (steps := args.total_timesteps - args.learning_starts):
-            rules["growth_interval"] = False, f"longer than the {steps} gradient steps; this works: {short_run(args)}"
+        elif args.growth_interval > args.gradient_steps:
+            advice = f"longer than the {args.gradient_steps} gradient steps; this works: {short_run(args)}"
+            rules["growth_interval"] = False, advice
     # --- end NE ---
     check(args, rules)
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -520,8 +526,7 @@ def grow_and_prune_(network, target, optimizer, plan, t, args, generator, scorin
 
     scoring, probe: two batches of the network's inputs -> what the event did, by the names that are logged.
     """
-    total_steps = args.total_timesteps - args.learning_starts
-    scheduled = [scheduled_growth(t, total_steps, args.growth_interval, n_free) for n_free in plan.n_free]
+    scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in plan.n_free]
     layers, target_layers = masked_layers(network), masked_layers(target)
     before, pruned, pruned_masks = network(*probe), 0, [None] * len(layers)
     if args.prune:
