@@ -1,6 +1,7 @@
 """DrQ, NE-DrQ and the methods beside them, from pixels: each part against a computation of the test's own."""
 
 import copy
+import inspect
 import math
 import re
 import signal
@@ -623,7 +624,8 @@ def test_bfloat16_changes_the_products_and_parameters_stay_float32(script, drawn
         assert {value for _, value in log["ne/actor/output_change_growth"]} == {0.0}
 
 
-SETTINGS = {"total_timesteps": 120, "checkpoint_interval": 30, "eval_interval": 50, "eval_episodes": 1}
+SETTINGS = {"total_timesteps": 90, "learning_starts": 22, "growth_interval": 20, "checkpoint_interval": 30}
+SETTINGS |= {"eval_interval": 85, "eval_episodes": 1}
 
 
 @pytest.fixture
@@ -634,13 +636,13 @@ def known(monkeypatch):
         monkeypatch.setitem(harness.SCRIPTS, name, SCRIPTS[name])
 
 
-@pytest.mark.parametrize("script", ["ne_drq_pixels", "injection_drq_pixels"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, known, monkeypatch):
-    more = {"injection_step": (35, 60)} if script == "injection_drq_pixels" else {"buffer_size": 70}
+@pytest.mark.parametrize("script", ["ne_drq_pixels", pytest.param("injection_drq_pixels", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, known):
+    more = {"injection_step": (35, 82)} if script == "injection_drq_pixels" else {"buffer_size": 50}
     args = short_args(SCRIPTS[script], **SETTINGS, **more)
     process = test_resume.start(script, *harness.flags(args))
     test_resume.wait_for(process, "runs/*/buffer-80.bin")
-    time.sleep(0.3)
+    time.sleep(0.1)
     test_resume.kill(process)
     folder = test_resume.resume(script, test_resume.the_folder())
     expected = SCRIPTS[script].main(args)
@@ -649,8 +651,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, known, monkeypa
     assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
 
 
-def test_a_signal_ends_the_run_after_its_episode_and_it_can_go_on(known, monkeypatch):
-    args = short_args(DRQ, **SETTINGS | {"checkpoint_interval": 0})
+def test_a_signal_ends_the_run_after_its_episode_and_it_can_go_on(known):
+    args = short_args(DRQ, **SETTINGS | {"checkpoint_interval": 0, "eval_interval": 0})
     process = test_resume.start("drq_pixels", *harness.flags(args))
     test_resume.wait_for(process, "runs/*/events*")
     time.sleep(1)
@@ -675,7 +677,7 @@ def test_evaluate_plays_the_saved_agent_and_prints_the_same_each_time(drawn, cap
 
 
 def test_a_video_of_training_is_written():
-    folder, _, _ = train(DRQ, capture_video=True, total_timesteps=41, action_repeat=25)
+    folder, _, _ = train(DRQ, capture_video=True, total_timesteps=30, action_repeat=2)
     assert [path.suffix for path in (folder / "videos").iterdir()].count(".mp4") >= 1
 
 
@@ -771,13 +773,11 @@ def test_every_intended_difference_is_still_there(entry):
 
 
 def test_what_is_the_same_in_the_td3_scripts_is_the_same_to_the_letter():
-    import inspect
-
     names = "MaskedLinear erdos_renyi_densities scheduled_growth dormant_scores grow_ prune_dormant_ ReviewGate"
     names += " adam_moments connection_counts sparse_start_ sparse_weights zero_absent_gradients_ GrowthPlan"
     names += " grow_and_prune_ neuron_statistics connection_statistics masked_layers density adam_step_ save load"
     names += " cut_events remove_buffers save_checkpoint new_run_folder load_args check check_only one_line fail"
-    names += " command_line short_run main reset_ recycle_dormant_ freeze_ frozen_sum inject_ make_room_ trained_layers"
+    names += " command_line main reset_ recycle_dormant_ freeze_ frozen_sum inject_ make_room_ trained_layers"
     for name in names.split():
         sources = {
             name_of: inspect.getsource(getattr(module, name))
@@ -841,7 +841,7 @@ def test_recycling_is_what_a_slow_computation_says():
                 assert bool(layer.bias[row] == 0) == fresh
                 for column in range(layer.weight.shape[1]):
                     cut = l > 0 and column in dormant[l - 1]
-                    value = float(layer.weight[row, column])
+                    value = layer.weight[row, column].item()
                     before = float(old[f"fc{l + 1}.weight"][row, column])
                     assert value == 0 if cut else (value != before if fresh else value == before)
 
@@ -895,9 +895,9 @@ def test_a_run_without_intervention_is_plain_drq_to_the_bit(script, drawn):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["drq_pixels", "ne_drq_pixels"])
 def test_the_script_learns_to_balance_a_pole(script):
-    settings = {"env_id": "dm_control/cartpole-balance-v0", "image_size": 48, "action_repeat": 8, "batch_size": 64}
-    settings |= {"hidden_dim": 256, "feature_dim": 50, "total_timesteps": 4000, "learning_starts": 500}
-    settings |= {"neuron_interval": 1000, "growth_interval": 250}
+    settings = {"env_id": "dm_control/cartpole-balance-v0", "image_size": 32, "action_repeat": 8, "batch_size": 32}
+    settings |= {"hidden_dim": 128, "feature_dim": 50, "total_timesteps": 2000, "learning_starts": 375}
+    settings |= {"neuron_interval": 1000, "growth_interval": 100}
     log = train(SCRIPTS[script], **settings)[2]
     returns = [value for _, value in log["charts/episodic_return"]]
     assert np.mean(returns[-5:]) > np.mean(returns[:4]) + 200
