@@ -1205,7 +1205,7 @@ def train(args, folder, checkpoint, stop):
                 # --- NE: elastic growth and dormant pruning of the actor (sections 3, 4) ---
                 if event:
                     event_of = plans["actor"], t, args, ne_generator, scoring["actor"], probe["actor"]
-                    # an actor without a target network: it takes the place of its own
+                    # the actor has no target network: it is given as its own
                     log("ne/actor", grow_and_prune_(actor, actor, actor_optimizer, *event_of))
                     absent_actor = sparse_weights(actor)
                 zero_absent_gradients_(*absent_actor)
