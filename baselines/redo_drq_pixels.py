@@ -249,9 +249,7 @@ def make_env(env_id, image_size):
             raise gym.error.UnregisteredEnv
         env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array", render_kwargs=camera)
     except ImportError as error:
-        fail(
-            f"--env-id {env_id}: needs a package that is missing ({one_line(error)}); install it or choose another task"
-        )
+        fail(f"--env-id {env_id}: a package is missing ({one_line(error)}); install it or choose another task")
     except Exception as error:
         tasks = {name for name in gym.registry if name.startswith("dm_control/")} - {env_id}
         known = difflib.get_close_matches("dm_control/" + env_id.removeprefix("dm_control/"), tasks, n=2, cutoff=0.7)
