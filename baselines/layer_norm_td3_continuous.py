@@ -219,9 +219,7 @@ def make_env(env_id, render=False):
         options = {"render_mode": "rgb_array"} if render else {}
         env = gym.make(env_id, disable_env_checker=True, **options)
     except ImportError as error:
-        fail(
-            f"--env-id {env_id}: needs a package that is missing ({one_line(error)}); install it or choose another task"
-        )
+        fail(f"--env-id {env_id}: a package is missing ({one_line(error)}); install it or choose another task")
     except Exception as error:
         known = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=2, cutoff=0.7)
         hint = f"did you mean {', '.join(known)}?" if known else "gymnasium.pprint_registry() prints the known ones"
