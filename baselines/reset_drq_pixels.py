@@ -297,7 +297,7 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# ===== The eyes (section 9): random shift, convolutions, projections =====
+# ===== The eyes: random shift, convolutions, projections =====
 
 
 def random_shift(images, shift):
