@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from harness import FAMILIES, NE, PATHS, ROOT, SCRIPTS, events, short_args
+from harness import FAMILIES, MODULES, NE, PATHS, ROOT, events, short_args
 
 README = (ROOT / "README.md").read_text()
 
@@ -60,7 +60,7 @@ def project_files():
     return [path for path in files if not re.search(r"__pycache__|_cache/", path.as_posix())]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MODULES)
 def test_a_scripts_inline_metadata_equals_requirements_txt(script):
     block = metadata(PATHS[script])
     assert block["requires-python"] == ">=3.11"
@@ -115,10 +115,10 @@ OWNERS = {", sparse networks": SPARSE, ", NE": ("ne_",), ", ReDo": ("redo_",), "
 OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",)}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MODULES)
 def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
     often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
-    folder = SCRIPTS[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
+    folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
     shortened = {"/(actor|qf1|qf2)(?=/|_recycled)": "/<net>", r"layer\d$": "layer<l>", "critic_parts": "actor_parts"}
     logged = set(events(folder))
     for pattern, short in shortened.items():
@@ -142,7 +142,7 @@ def test_what_the_audit_table_names_exists():
 def test_every_argument_that_the_readme_names_exists():
     text = re.sub(r"(tensorboard --logdir|python benchmark/).*", "", README)  # other programs' arguments
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", text)}
-    fields = {name for module in SCRIPTS.values() for name in module.Args.__dataclass_fields__}
+    fields = {name for module in MODULES.values() for name in module.Args.__dataclass_fields__}
     known = fields | {f"no_{name}" for name in fields}
     assert flags - known == {"help"}
 
