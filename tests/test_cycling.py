@@ -34,6 +34,11 @@ OFTEN = {
 }
 DRAW = NE.draw
 with_all = pytest.mark.parametrize("script", CYCLING)
+# What the methods share is the same code to the letter; two scripts each time, the others with the slow tests
+ALWAYS = ["td3_cycling", "ne_td3_cycling"]
+with_some = pytest.mark.parametrize(
+    "script", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in CYCLING]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +275,7 @@ def test_the_cycle_is_logged_at_the_first_and_last_step_of_each_visit():
     assert log["cycle/number"] == list(zip(ends, [1] * 4 + [2] * 4, strict=True))
 
 
-@with_all
+@with_some
 def test_evaluation_does_not_disturb_training(script):
     _, without, silent = train(script)
     _, model, log = train(script, eval_interval=60, eval_episodes=3)
@@ -297,7 +302,7 @@ def play(state, task, env, seed):
     return total
 
 
-@with_all
+@with_some
 def test_the_last_row_of_the_matrix_is_what_the_saved_agent_scores_on_every_task(script, capsys):
     folder, model, _ = train(script, env_ids=(LARGE, SMALL, LARGE), cycles=1, task_steps=150)
     last = [float(value) for value in next(csv.reader([(folder / "cycle.csv").read_text().splitlines()[-1]]))[3:]]
@@ -501,7 +506,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     "words, pattern", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-@with_all
+@with_some
 def test_bad_input_is_refused_in_one_line_before_anything_is_created(script, words, pattern, capsys):
     module = CYCLING[script]
     own = [word for word in GOOD if script == "ne_td3_cycling" or word not in ("--growth-interval", "50")]
@@ -521,7 +526,7 @@ def test_a_growth_interval_may_be_as_long_as_all_visits_together_and_no_longer(c
     assert "longer than the 400 gradient steps" in capsys.readouterr().err
 
 
-@with_all
+@with_some
 def test_the_command_that_an_error_line_suggests_works(script, capsys):
     module = CYCLING[script]
     with pytest.raises(SystemExit):
