@@ -2,14 +2,18 @@
 
     python benchmark/speed.py
     python benchmark/speed.py --env-ids HalfCheetah-v4 Humanoid-v4 --threads 1 2
+    python benchmark/speed.py --cycle --env-ids HalfCheetah-v4 Humanoid-v4 Ant-v4 Hopper-v4 --threads 1
 
 Each contestant is a process of its own; they take turns, a chunk of training steps each, so that whatever else the
 machine is doing meets all of them alike. A ratio is taken within a round and given as its median and quartiles over
 the rounds. The share of the matrix-product limit is the time that the products of one training step take alone,
 in a bare loop, over the time of the whole training step (task, acting and storing included).
+With --cycle the contestants are NE-TD3 on each task alone and in a cycle with the other ones, so padded to the largest
+of them; then a short cycle of them all is run, for the time that a switch from task to task takes.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -25,6 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"NE-TD3": ROOT / "ne_td3_continuous.py", "TD3": ROOT / "baselines" / "td3_continuous.py"}
+CYCLING = ROOT / "ne_td3_cycling.py"
 LEARNING_STARTS, HIDDEN, BATCH = 1000, 256, 256
 TOTAL = 1_000_000  # of the run that is timed; only its beginning is run
 
@@ -57,13 +62,18 @@ class Turns:
         pass
 
 
-def run_script(path, env_id, threads, pipe, chunk, warm_up):
+def load_script(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run_script(path, task, threads, pipe, chunk, warm_up):
+    module = load_script(path)
     module.tqdm = lambda steps, **kwargs: Turns(steps, pipe, chunk, warm_up)
     args = {"learning_starts": LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0, "cuda": False}
-    module.main(module.Args(env_id=env_id, total_timesteps=TOTAL, torch_threads=threads, **args))
+    module.main(module.Args(**task, torch_threads=threads, **args))
 
 
 def run_sb3(env_id, threads, pipe, chunk, warm_up):
@@ -153,15 +163,18 @@ def contestant(name, env_id, threads, pipe, chunk, warm_up, folder):
     sys.stdout = sys.stderr = open(os.devnull, "w")
     os.dup2(sys.stderr.fileno(), 2)
     if name in SCRIPTS:
-        run_script(SCRIPTS[name], env_id, threads, pipe, chunk, warm_up)
+        run_script(SCRIPTS[name], {"env_id": env_id, "total_timesteps": TOTAL}, threads, pipe, chunk, warm_up)
+    elif name.startswith("cycle "):  # its first visit, to `env_id`, is all that is run
+        task = {"env_ids": (env_id, *name.split()[1:]), "task_steps": TOTAL, "eval_episodes": 1}
+        run_script(CYCLING, task, threads, pipe, chunk, warm_up)
     else:
         {"SB3 TD3": run_sb3, "products": run_products}[name](env_id, threads, pipe, chunk, warm_up)
 
 
-def measure(env_id, threads, rounds, chunk, warm_up):
+def measure(names, env_id, threads, rounds, chunk, warm_up):
     """-> ({contestant: seconds per step, [rounds]}, {contestant: peak memory in bytes})."""
     context = multiprocessing.get_context("spawn")
-    names, pipes = [*SCRIPTS, "SB3 TD3", "products"], {}
+    pipes = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:  # one after the other, so that warming up does not disturb either
             pipes[name], theirs = context.Pipe()
@@ -186,6 +199,51 @@ def spread(ratios):
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
+def time_switches(env_ids, threads, folder, visit=1500):
+    """Runs a cycle of short visits -> seconds of the steps that start a visit, but the first."""
+    times = []
+
+    def steps(steps, **kwargs):
+        for step in steps:
+            start = time.perf_counter()
+            yield step
+            if step > 1 and (step - 1) % visit == 0:
+                times.append(time.perf_counter() - start)
+
+    class Bar:
+        def __init__(self, *args, **kwargs):
+            self.steps = steps(*args, **kwargs)
+
+        def __iter__(self):
+            return self.steps
+
+        def set_postfix(self, *args, **kwargs):
+            pass
+
+    module = load_script(CYCLING)
+    module.tqdm = Bar
+    sizes = {"task_steps": visit, "learning_starts": visit // 2, "growth_interval": 100, "eval_episodes": 1}
+    with contextlib.chdir(folder), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        module.main(module.Args(env_ids=tuple(env_ids), torch_threads=threads, eval_interval=0, cuda=False, **sizes))
+    return times
+
+
+def print_cycle(args):
+    """The table of --cycle."""
+    print("| task | threads | alone, steps/s | in the cycle, steps/s | in the cycle over alone |")
+    print("|---|---|---|---|---|")
+    cycle = "cycle " + " ".join(args.env_ids)
+    for env_id in args.env_ids:
+        for threads in args.threads:
+            seconds, _ = measure(["NE-TD3", cycle], env_id, threads, args.rounds, args.chunk, args.warm_up)
+            alone, padded = seconds["NE-TD3"], seconds[cycle]
+            rates = f"{np.median(1 / alone):.0f} | {np.median(1 / padded):.0f}"
+            print(f"| {env_id} | {threads} | {rates} | {spread(alone / padded)} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        times = time_switches(args.env_ids, args.threads[0], folder)
+    print(f"\nA step that starts a visit: {np.median(times) * 1e3:.1f} ms, at most {max(times) * 1e3:.1f} ms")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-ids", nargs="+", default=["HalfCheetah-v4"])
@@ -193,14 +251,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--chunk", type=int, default=250, help="training steps of a turn")
     parser.add_argument("--warm-up", type=int, default=LEARNING_STARTS + 500, help="steps before the first turn")
+    parser.add_argument("--cycle", action="store_true", help="measure what being one task of a cycle costs")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print("Medians over rounds, quartiles in parentheses.\n")
+    if args.cycle:
+        return print_cycle(args)
     print("| task | threads | method | steps/s | over SB3's TD3 | over our TD3 | share of the limit | memory, MB |")
     print("|---|---|---|---|---|---|---|---|")
     for env_id in args.env_ids:
         for threads in args.threads:
-            seconds, memory = measure(env_id, threads, args.rounds, args.chunk, args.warm_up)
+            names = [*SCRIPTS, "SB3 TD3", "products"]
+            seconds, memory = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up)
             for name in [*SCRIPTS, "SB3 TD3"]:
                 own = seconds[name]
                 columns = [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]

@@ -24,6 +24,14 @@ FAMILIES = {
         "baselines/static_sparse_td3_continuous.py",
         "baselines/rigl_td3_continuous.py",
     ],
+    "cycling": [
+        "baselines/td3_cycling.py",
+        "ne_td3_cycling.py",
+        "baselines/reset_td3_cycling.py",
+        "baselines/redo_td3_cycling.py",
+        "baselines/injection_td3_cycling.py",
+        "baselines/layer_norm_td3_cycling.py",
+    ],
 }
 PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
 
@@ -36,7 +44,12 @@ def load_script(path):
     return module
 
 
-SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
+MODULES = {name: load_script(path) for name, path in PATHS.items()}
+# The shared tests run the continuous scripts. What a cycling script shares with one of them is the same code to the
+# letter (test_drift.py), one visit of it is a run of that script to the bit, and the rest is its own (test_cycling.py).
+SCRIPTS, CYCLING = (
+    {Path(path).stem: MODULES[Path(path).stem] for path in FAMILIES[family]} for family in ("continuous", "cycling")
+)
 NE = SCRIPTS["ne_td3_continuous"]
 TD3 = SCRIPTS["td3_continuous"]
 
@@ -47,8 +60,8 @@ def scripts_with(*names):
 
 
 def short_args(script, **changes):
-    """Arguments of a run of a second or two -> the script's Args."""
-    module = SCRIPTS[script]
+    """Arguments of a run of a second or two -> the script's Args; a cycling one gets one visit to one task."""
+    module = MODULES[script]
     values = {
         "env_id": "Pendulum-v1",
         "total_timesteps": 900,
@@ -60,8 +73,10 @@ def short_args(script, **changes):
         "growth_interval": 50,
         "cuda": False,
     }
-    fields = module.Args.__dataclass_fields__
-    return module.Args(**{name: value for name, value in (values | changes).items() if name in fields})
+    fields, values = module.Args.__dataclass_fields__, values | changes
+    if "env_ids" in fields:
+        values = {"env_ids": (values["env_id"],), "cycles": 1, "task_steps": values["total_timesteps"]} | values
+    return module.Args(**{name: value for name, value in values.items() if name in fields})
 
 
 def flags(args):

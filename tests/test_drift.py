@@ -6,10 +6,11 @@ blank lines and the docstring at its top aside. So a change in one copy alone, o
 
 import ast
 import inspect
+import itertools
 import re
 
 import pytest
-from harness import FAMILIES, ROOT, SCRIPTS
+from harness import CYCLING, FAMILIES, MODULES, PATHS, ROOT
 
 FENCE = re.compile(r"\s*# --- (?!end )(\w[\w ]*): .+ ---$")
 FENCE_END = re.compile(r"\s*# --- end (\w[\w ]*) ---$")
@@ -48,6 +49,27 @@ INTENDED = [
     ),
     ("baselines/injection_td3_continuous.py", " + frozen_sum(self, obs)", "", "h - h2 is added before the tanh"),
 ]
+
+# The cycling scripts depart from the continuous ones of the same method alike.
+INTENDED += [
+    (cycling, *entry)
+    for path, *entry in INTENDED
+    if (cycling := path.replace("_continuous", "_cycling")) in FAMILIES["cycling"]
+]
+
+# What a cycling script defines otherwise than the continuous script of the same method, and why
+IN_A_CYCLE = {
+    "Args": "env_ids, cycles and task_steps instead of env_id and total_timesteps",
+    "command_line": "an argument of several words",
+    "short_run": "a visit is short, not the run",
+    "check_args": "the new arguments",
+    "make_env": "the argument's name in messages",
+    "evaluate_run": "plays each task",
+    "new_run_folder": "the name of several tasks",
+    "load_args": "tuples come back from JSON as lists",
+    "train": "the visits",
+}
+SAME_METHOD = [(name, name.replace("_cycling", "_continuous")) for name in CYCLING]
 
 # Section 11: what every script that has the name must define alike, across families.
 SHARED = ["MaskedLinear", "erdos_renyi_densities", "scheduled_growth", "dormant_scores", "grow_", "prune_dormant_"]
@@ -124,13 +146,49 @@ def test_every_intended_difference_is_still_there(entry):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_what_the_algorithm_names_is_the_same_code_in_all_scripts(name):
-    sources = {script: inspect.getsource(getattr(m, name)) for script, m in SCRIPTS.items() if hasattr(m, name)}
+    sources = {script: inspect.getsource(getattr(m, name)) for script, m in MODULES.items() if hasattr(m, name)}
     assert sources
     assert len(set(sources.values())) == 1, f"{name} differs between {sorted(sources)}"
 
 
+def definitions(script):
+    """The top-level functions and classes of a script -> {name: its text}."""
+    text = PATHS[script].read_text()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+
+
+@pytest.mark.parametrize(("cycling", "continuous"), SAME_METHOD)
+def test_a_cycling_script_is_made_of_the_definitions_of_the_continuous_one(cycling, continuous):
+    own, theirs = definitions(cycling), definitions(continuous)
+    assert theirs.keys() <= own.keys()
+    assert {name for name in theirs if own[name] != theirs[name]} == IN_A_CYCLE.keys()
+    assert own["make_env"].replace("--env-ids", "--env-id") == theirs["make_env"]
+
+
+def fields(script):
+    """The arguments of a script -> {name: its type, default and text}."""
+    body = next(node for node in ast.parse(PATHS[script].read_text()).body if getattr(node, "name", "") == "Args").body
+    return {
+        field.target.id: ast.dump(field) + ast.dump(text)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+    }
+
+
+@pytest.mark.parametrize(("cycling", "continuous"), SAME_METHOD)
+def test_an_argument_means_the_same_in_a_cycle(cycling, continuous):
+    own, theirs = fields(cycling), fields(continuous)
+    assert theirs.keys() - own.keys() == {"env_id", "total_timesteps"}
+    changed = {name for name in own.keys() & theirs.keys() if own[name] != theirs[name]}
+    texts = {"eval_interval", "learning_starts", "reset_interval", "injection_step"}  # "of a visit", "of the whole run"
+    assert changed == texts & own.keys()
+    for name in changed:
+        assert getattr(MODULES[cycling].Args, name) == getattr(MODULES[continuous].Args, name)
+
+
 def test_no_script_imports_one_of_ours():
-    ours = set(SCRIPTS) | {"harness", "baselines", "benchmark"}
+    ours = set(MODULES) | {"harness", "baselines", "benchmark"}
     for paths in FAMILIES.values():
         for path in paths:
             tree = ast.parse((ROOT / path).read_text())

@@ -37,6 +37,20 @@ class Toy(gym.Env):
         return float(np.ravel(action)[0])
 
 
+class Large(Toy):
+    """The larger of two tasks of a cycle; its observations are never 0, nor are the middles of its bounds."""
+
+    observation_space = Box(10, 11, (5,), np.float32)
+    action_space = Box(np.float32([-2, 1, 0]), np.float32([4, 5, 0.5]))
+
+
+class Small(Toy):
+    """The smaller one; an episode that runs into the end of a visit is cut off there."""
+
+    observation_space = Box(-2, -1, (2,), np.float32)
+    length = 70
+
+
 class DictObservation(Toy):
     observation_space = Dict({"a": Box(-1, 1, (2,)), "b": Box(-1, 1, (2, 3))})
 
