@@ -32,6 +32,14 @@ FAMILIES = {
         "baselines/injection_td3_cycling.py",
         "baselines/layer_norm_td3_cycling.py",
     ],
+    "pixels": [
+        "baselines/drq_pixels.py",
+        "ne_drq_pixels.py",
+        "baselines/reset_drq_pixels.py",
+        "baselines/redo_drq_pixels.py",
+        "baselines/injection_drq_pixels.py",
+        "baselines/layer_norm_drq_pixels.py",
+    ],
 }
 PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
 
@@ -47,8 +55,9 @@ def load_script(path):
 MODULES = {name: load_script(path) for name, path in PATHS.items()}
 # The shared tests run the continuous scripts. What a cycling script shares with one of them is the same code to the
 # letter (test_drift.py), one visit of it is a run of that script to the bit, and the rest is its own (test_cycling.py).
-SCRIPTS, CYCLING = (
-    {Path(path).stem: MODULES[Path(path).stem] for path in FAMILIES[family]} for family in ("continuous", "cycling")
+# So it is with those that learn from pixels, but for the runs (test_pixels.py).
+SCRIPTS, CYCLING, PIXELS = (
+    {Path(path).stem: MODULES[Path(path).stem] for path in paths} for paths in FAMILIES.values()
 )
 NE = SCRIPTS["ne_td3_continuous"]
 TD3 = SCRIPTS["td3_continuous"]

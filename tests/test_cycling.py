@@ -164,7 +164,7 @@ def test_an_episode_that_is_cut_off_is_logged_with_its_length():
         assert log[f"charts/{task}/episodic_return"] == own
 
 
-@with_all
+@with_some
 def test_the_buffer_starts_empty_at_each_visit_and_learning_after_random_steps(script, monkeypatch):
     sizes, sample = [], CYCLING[script].ReplayBuffer.sample
 
@@ -189,7 +189,7 @@ def flat(value):
     return {f"{key}/{path}": leaf for key, part in items for path, leaf in flat(part).items()}
 
 
-@pytest.mark.parametrize("script", [name for name in CYCLING if name != "reset_td3_cycling"])
+@pytest.mark.parametrize("script", ALWAYS)
 def test_everything_but_the_buffer_goes_on_across_a_switch(script, monkeypatch):
     states, module = {}, CYCLING[script]
 
@@ -456,7 +456,7 @@ def cut_off(module, step, monkeypatch, args):
 
 # the step before which the run ends, and its last checkpoint: within a visit, just after a switch, in the next visit
 @pytest.mark.parametrize("step, last", [(390, 340), (401, 400), (480, 450)])
-@with_all
+@with_some
 def test_a_run_cut_off_and_resumed_is_the_same_to_the_bit(script, step, last, monkeypatch, tmp_path):
     args = harness.short_args(script, **CYCLE, checkpoint_interval=10, **OFTEN.get(script, {}) | {"eval_interval": 100})
     (tmp_path / "whole").mkdir()

@@ -71,6 +71,38 @@ IN_A_CYCLE = {
 }
 SAME_METHOD = [(name, name.replace("_cycling", "_continuous")) for name in CYCLING]
 
+INTENDED += [
+    ("ne_drq_pixels.py", "MaskedLinear(", "nn.Linear(", "NE's layers have a mask"),
+    ("ne_drq_pixels.py", "batch_size, oldest=1.0, generator", "batch_size, generator", "NE reviews the oldest"),
+    ("ne_drq_pixels.py", "rb.sample(args.batch_size, oldest)", "rb.sample(args.batch_size)", "NE reviews the oldest"),
+    (
+        "baselines/layer_norm_drq_pixels.py",
+        "self.norm1(self.fc1(torch.cat([features, actions], 1)))",
+        "self.fc1(torch.cat([features, actions], 1))",
+        "the norm stands between a layer and its ReLU",
+    ),
+    ("baselines/layer_norm_drq_pixels.py", "self.norm1(self.fc1(features))", "self.fc1(features)", "as above"),
+    ("baselines/layer_norm_drq_pixels.py", "self.norm2(self.fc2(h1))", "self.fc2(h1)", "as above"),
+    (
+        "baselines/injection_drq_pixels.py",
+        "import Literal, NamedTuple",
+        "import NamedTuple",
+        "the type of --inject",
+    ),
+    (
+        "baselines/injection_drq_pixels.py",
+        "(self.fc3(self.hidden(features, actions)[-1]) + frozen_sum(self, features, actions)).squeeze(1)",
+        "self.fc3(self.hidden(features, actions)[-1]).squeeze(1)",
+        "h - h2 is added to the output",
+    ),
+    (
+        "baselines/injection_drq_pixels.py",
+        "(self.fc3(self.hidden(features)[-1]) + frozen_sum(self, features)).float()",
+        "self.fc3(self.hidden(features)[-1]).float()",
+        "h - h2 is added to the output",
+    ),
+]
+
 # Section 11: what every script that has the name must define alike, across families.
 SHARED = ["MaskedLinear", "erdos_renyi_densities", "scheduled_growth", "dormant_scores", "grow_", "prune_dormant_"]
 SHARED += ["ReviewGate", "adam_moments"]

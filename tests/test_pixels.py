@@ -14,61 +14,17 @@ import harness
 import numpy as np
 import pytest
 import test_arguments
-import test_drift
 import test_resume
 import torch
 import torch.nn.functional as F
-from harness import ROOT, load_script
 
-FAMILY = [
-    "baselines/drq_pixels.py",
-    "ne_drq_pixels.py",
-    "baselines/reset_drq_pixels.py",
-    "baselines/redo_drq_pixels.py",
-    "baselines/injection_drq_pixels.py",
-    "baselines/layer_norm_drq_pixels.py",
-]
-PATHS = {Path(path).stem: ROOT / path for path in FAMILY}
-SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
+SCRIPTS = harness.PIXELS
 NE, DRQ = SCRIPTS["ne_drq_pixels"], SCRIPTS["drq_pixels"]
 RESET, REDO = SCRIPTS["reset_drq_pixels"], SCRIPTS["redo_drq_pixels"]
 INJECTION, LAYER_NORM = SCRIPTS["injection_drq_pixels"], SCRIPTS["layer_norm_drq_pixels"]
 HEADS = ("actor", "qf1", "qf2")
 OFF = {"grow": False, "prune": False, "review": False, "initial_density": 1.0}
 with_all = pytest.mark.parametrize("script", SCRIPTS)
-
-# (script, what it says, what its parent says, why)
-INTENDED = [
-    ("ne_drq_pixels.py", "MaskedLinear(", "nn.Linear(", "NE's layers have a mask"),
-    ("ne_drq_pixels.py", "batch_size, oldest=1.0, generator", "batch_size, generator", "NE reviews the oldest"),
-    ("ne_drq_pixels.py", "rb.sample(args.batch_size, oldest)", "rb.sample(args.batch_size)", "NE reviews the oldest"),
-    (
-        "baselines/layer_norm_drq_pixels.py",
-        "self.norm1(self.fc1(torch.cat([features, actions], 1)))",
-        "self.fc1(torch.cat([features, actions], 1))",
-        "the norm stands between a layer and its ReLU",
-    ),
-    ("baselines/layer_norm_drq_pixels.py", "self.norm1(self.fc1(features))", "self.fc1(features)", "as above"),
-    ("baselines/layer_norm_drq_pixels.py", "self.norm2(self.fc2(h1))", "self.fc2(h1)", "as above"),
-    (
-        "baselines/injection_drq_pixels.py",
-        "import Literal, NamedTuple",
-        "import NamedTuple",
-        "the type of --inject",
-    ),
-    (
-        "baselines/injection_drq_pixels.py",
-        "(self.fc3(self.hidden(features, actions)[-1]) + frozen_sum(self, features, actions)).squeeze(1)",
-        "self.fc3(self.hidden(features, actions)[-1]).squeeze(1)",
-        "h - h2 is added to the output",
-    ),
-    (
-        "baselines/injection_drq_pixels.py",
-        "(self.fc3(self.hidden(features)[-1]) + frozen_sum(self, features)).float()",
-        "self.fc3(self.hidden(features)[-1]).float()",
-        "h - h2 is added to the output",
-    ),
-]
 
 
 # ===== Short runs =====
@@ -630,10 +586,9 @@ SETTINGS |= {"eval_interval": 85, "eval_episodes": 1}
 
 @pytest.fixture
 def known(monkeypatch):
-    """The harness can start the scripts of this file."""
-    for name, path in PATHS.items():
-        monkeypatch.setitem(harness.PATHS, name, path)
-        monkeypatch.setitem(harness.SCRIPTS, name, SCRIPTS[name])
+    """The shared helpers know the scripts of this file."""
+    for name, module in SCRIPTS.items():
+        monkeypatch.setitem(harness.SCRIPTS, name, module)
 
 
 @pytest.mark.parametrize("script", ["ne_drq_pixels", pytest.param("injection_drq_pixels", marks=pytest.mark.slow)])
@@ -753,23 +708,6 @@ def test_every_argument_is_documented(script, known):
 
 def test_help_explains_every_argument(known):
     test_arguments.test_help_explains_every_argument("ne_drq_pixels")
-
-
-@pytest.fixture
-def intended(monkeypatch):
-    monkeypatch.setattr(test_drift, "INTENDED", INTENDED)
-
-
-@pytest.mark.parametrize("child", FAMILY[1:])
-def test_a_script_without_its_fenced_lines_is_its_parent(child, intended):
-    test_drift.test_a_script_without_its_fenced_lines_is_its_parent(child, FAMILY[0])
-
-
-@pytest.mark.parametrize("entry", INTENDED, ids=lambda entry: entry[1])
-def test_every_intended_difference_is_still_there(entry):
-    script, own, parents, reason = entry
-    parent = (ROOT / FAMILY[0]).read_text()
-    assert reason and own in (ROOT / script).read_text() and parents in parent and own not in parent
 
 
 def test_what_is_the_same_in_the_td3_scripts_is_the_same_to_the_letter():

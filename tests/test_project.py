@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, ROOT, events, short_args
+from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, ROOT, SCRIPTS, events, short_args
 
 README = (ROOT / "README.md").read_text()
 
@@ -47,7 +47,7 @@ def table(heading):
     return rows
 
 
-METHODS = table("Methods") + table("A cycle of tasks")
+METHODS = table("Methods") + table("A cycle of tasks") + table("From pixels")
 
 
 def project_files():
@@ -121,7 +121,7 @@ OWNERS = {", sparse networks": SPARSE, ", NE": ("ne_",), ", ReDo": ("redo_",), "
 OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",), ", cycling": tuple(CYCLING)}
 
 
-@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize("script", SCRIPTS | CYCLING)
 def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
     often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
     folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
@@ -148,7 +148,7 @@ def test_what_the_audit_table_names_exists():
 
 def test_every_argument_that_the_readme_names_exists():
     text = re.sub(r"(tensorboard --logdir|python benchmark/).*", "", README)  # other programs' arguments
-    flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", text)}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])", text)}
     fields = {name for module in MODULES.values() for name in module.Args.__dataclass_fields__}
     known = fields | {f"no_{name}" for name in fields}
     assert flags - known == {"help"}
