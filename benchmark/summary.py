@@ -27,7 +27,8 @@ def table(runs):
         args = json.loads((path.parent / "args.json").read_text())
         steps, returns = scalars(path.parent)["eval/episodic_return"]
         script = path.parent.name.split("__")[1]
-        groups.setdefault((args["env_id"], script, int(steps[-1])), []).append((args["seed"], float(returns[-1])))
+        task = args["env_id"] if "env_id" in args else "+".join(args["env_ids"])  # of a cycle: its last task's return
+        groups.setdefault((task, script, int(steps[-1])), []).append((args["seed"], float(returns[-1])))
     print("| task | script | step | seeds | mean | each seed |")
     print("|---|---|---|---|---|---|")
     for (env_id, script, step), seeds in sorted(groups.items()):
