@@ -3,6 +3,7 @@
 import copy
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -20,7 +21,7 @@ NAMES = ("actor", "qf1", "qf2")
 class Lopsided(Counter):
     """Counter with bounds that differ between the dimensions of an action; keeps the actions that it was given."""
 
-    actions = []  # noqa: RUF012
+    actions: ClassVar[list] = []
 
     def __init__(self, render_mode=None):
         super().__init__(low=LOW, high=HIGH)

@@ -1,5 +1,7 @@
 """Toy tasks, registered on import: in a test by `import toys`, in a subprocess by the task id `toys:Toy...-v0`."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import harness
 import numpy as np
@@ -111,7 +113,7 @@ class NanReward(Toy):
 class RecordedPendulum(PendulumEnv):
     """Pendulum that keeps what every instance was reset with and which returns it gave."""
 
-    instances = []  # noqa: RUF012
+    instances: ClassVar[list] = []
 
     def __init__(self, render_mode=None):
         super().__init__(render_mode)
