@@ -1,0 +1,224 @@
+"""benchmark/sweep.py: which runs it makes of its arguments, and that neither deaths nor interruptions change them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import harness
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+SWEEP = harness.ROOT / "benchmark" / "sweep.py"
+sweep = harness.load_script(SWEEP)
+NE, TD3 = harness.PATHS["ne_td3_continuous"], harness.PATHS["td3_continuous"]
+SIZES = {"total_timesteps": 2500, "checkpoint_interval": 200, "eval_interval": 1000}
+SHORT = {script: harness.short_args(script, **SIZES) for script in ("td3_continuous", "ne_td3_continuous")}
+
+
+def jobs(*words, scripts=(NE, TD3), env_ids=("Hopper-v4",), seeds=1, grid=()):
+    args = SimpleNamespace(scripts=scripts, env_ids=list(env_ids), seeds=seeds, grid=list(grid), runs="runs")
+    return sweep.all_jobs(args, list(words))
+
+
+def command_lines(found):
+    """What the scripts would make of the jobs' words -> list of (script, Args as a dict)."""
+    modules = {str(path): harness.MODULES[name] for name, path in harness.PATHS.items()}
+    parse = harness.NE.tyro.cli
+    return [(Path(job["script"]).stem, vars(parse(modules[job["script"]].Args, args=job["words"]))) for job in found]
+
+
+# ===== Which runs =====
+
+
+def test_every_script_meets_every_task_and_seed_once_in_a_folder_of_its_own():
+    found = jobs("--gamma", "0.9", env_ids=["Hopper-v4", "dm_control/walker-walk-v0"], seeds=3)
+    runs = {(script, args["env_id"], args["seed"]) for script, args in command_lines(found)}
+    assert runs == {
+        (script, task, seed)
+        for script in ("ne_td3_continuous", "td3_continuous")
+        for task in ("Hopper-v4", "dm_control/walker-walk-v0")
+        for seed in (1, 2, 3)
+    }
+    assert len(found) == len({job["folder"] for job in found}) == 12
+    assert all(args["gamma"] == 0.9 for _, args in command_lines(found))
+    assert all(Path(job["folder"]).parent == Path.cwd() / "runs" for job in found)
+
+
+def test_an_argument_goes_to_the_scripts_that_have_it():
+    found = command_lines(jobs("--growth-interval", "500", "--no-review", "--learning-starts=77"))
+    ne, td3 = (args for _, args in found)
+    assert ne["growth_interval"] == 500 and ne["review"] is False and ne["learning_starts"] == 77
+    assert td3["learning_starts"] == 77 and "growth_interval" not in td3
+
+
+def test_a_grid_runs_all_combinations_of_what_a_script_has():
+    grid = [["initial-density", "0.1", "0.5"], ["tau", "0.01", "0.02"], ["prune", "True", "False"]]
+    found = command_lines(jobs(grid=grid))
+    ne = [(a["initial_density"], a["tau"], a["prune"]) for script, a in found if script == "ne_td3_continuous"]
+    td3 = [args["tau"] for script, args in found if script == "td3_continuous"]
+    assert sorted(ne) == sorted((d, t, p) for d in (0.1, 0.5) for t in (0.01, 0.02) for p in (False, True))
+    assert td3 == [0.01, 0.02]
+
+
+def test_a_cycling_script_takes_all_tasks_as_its_cycle():
+    found = command_lines(jobs(scripts=[harness.PATHS["td3_cycling"]], env_ids=["Hopper-v4", "Ant-v4"], seeds=2))
+    assert [(args["env_ids"], args["seed"]) for _, args in found] == [(("Hopper-v4", "Ant-v4"), s) for s in (1, 2)]
+
+
+def test_a_runs_folder_depends_on_its_own_arguments_alone():
+    def folders(*words, **options):
+        return {Path(job["script"]).stem: job["folder"] for job in jobs(*words, **options)}
+
+    plain, other, more = folders(), folders("--growth-interval", "500"), folders(seeds=2, scripts=[TD3])
+    assert (
+        plain["td3_continuous"] == other["td3_continuous"] and plain["ne_td3_continuous"] != other["ne_td3_continuous"]
+    )
+    assert plain["td3_continuous"] in [job["folder"] for job in jobs(seeds=2)] and more
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scripts", "nowhere.py"], "--scripts nowhere.py: cannot be read"),
+        (["--scripts", str(harness.ROOT / "tests" / "toys.py")], "has no class Args"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--retries", "-1"], "--retries -1: must be at least 0"),
+        (["--grid", "omega"], "--grid omega: needs values"),
+        (["--grid", "omegga", "1"], "--grid omegga: none of the scripts has this argument"),
+        (["--grid", "grow", "yes"], "--grid grow yes: is either True or False"),
+        (["--grid", "seed", "1", "2"], "--grid seed: is set by the sweep"),
+        (["--grid", "gamma", "1", "--", "--gamma", "1"], "stands after -- and in --grid"),
+        (["--", "--gama", "1"], "--gama: none of the scripts has this argument"),
+        (["--", "--resume", "runs/x"], "--resume: is set by the sweep"),
+        (["--", "gamma"], "gamma: arguments of the scripts, after --, start with --name"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--scripts", str(NE), "--env-ids", "Hopper-v4", *words])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+# ===== Deaths and interruptions =====
+
+
+def start(*options, scripts=("td3_continuous", "ne_td3_continuous"), more=()):
+    """Starts a sweep over Pendulum as a user would -> process."""
+    words = [word for word in harness.flags(SHORT[scripts[-1]]) if word not in ("--env-id", "Pendulum-v1")]
+    paths = [str(harness.PATHS[script]) for script in scripts]
+    command = [sys.executable, str(SWEEP), "--scripts", *paths, "--env-ids", "Pendulum-v1", *options]
+    with open("out.txt", "a") as out:
+        return subprocess.Popen([*command, "--", *words, *more], stdout=out, stderr=out)
+
+
+def until(condition, process=None, seconds=120):
+    """Waits until `condition()` holds -> what it gave."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end and (process is None or process.poll() is None), Path("out.txt").read_text()
+        time.sleep(0.05)
+    return found
+
+
+def training():
+    """Processes that train here -> list."""
+    here = str(Path.cwd())
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if process.cwd().startswith(here) and str(TD3.parent.parent) in " ".join(process.info["cmdline"]):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return [process for process in found if "sweep.py" not in " ".join(process.info["cmdline"])]
+
+
+def numbers(folder):
+    """What a run has learned and logged, but for its speed -> (model, logs)."""
+    log = harness.events(folder)
+    return harness.saved(folder / "model.pt"), {tag: values for tag, values in log.items() if tag != "charts/SPS"}
+
+
+def assert_undisturbed(script):
+    """Checks the run of a sweep in runs/ against the script, run here without Ray."""
+    found = list(Path("runs").glob(f"*__{script}__1__*/runs/*"))
+    assert len(found) == 1
+    model, log = numbers(found[0])
+    Path("alone").mkdir(exist_ok=True)
+    os.chdir("alone")
+    args = harness.MODULES[script].Args(**json.loads((Path("..") / found[0] / "args.json").read_text()))
+    expected, logged = numbers(harness.MODULES[script].main(args))
+    os.chdir("..")
+    assert harness.same(model, expected) and log == logged
+
+
+def starts():
+    """How often each run was started -> {script: count}."""
+    logs = {path.parent.name.split("__")[1]: path.read_text() for path in Path("runs").glob("*/log.txt")}
+    return {script: sum(line.startswith("$ ") for line in log.splitlines()) for script, log in logs.items()}
+
+
+def checkpoints():
+    return len(list(Path("runs").glob("*/runs/*/checkpoint.pt")))
+
+
+def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_numbers():
+    first = start()
+    until(lambda: checkpoints() == 2, first)
+    assert len(training()) == 2
+    first.kill()
+    until(lambda: not training(), seconds=20)  # no orphan goes on beside the next sweep
+    second = start()
+    assert second.wait(200) == 0, Path("out.txt").read_text()
+    assert starts() == {"ne_td3_continuous": 2, "td3_continuous": 2}
+    assert_undisturbed("ne_td3_continuous")
+    assert start().wait(60) == 0 and starts() == {"ne_td3_continuous": 2, "td3_continuous": 2}  # nothing is run again
+    job = json.loads(next(Path("runs").glob("*__td3*/job.json")).read_text())
+    assert job["command"].startswith("python baselines/td3_continuous.py --env-id Pendulum-v1 --seed 1 ")
+    assert job["versions"]["torch"] == harness.torch.__version__ and job["machine"]
+
+
+def test_when_a_node_dies_its_run_goes_on_on_another_with_the_same_numbers():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        process = start("--address", cluster.address)
+        until(lambda: checkpoints() == 2, process)
+        cluster.remove_node(node, allow_graceful=False)
+        assert process.wait(200) == 0, Path("out.txt").read_text()
+    finally:
+        cluster.shutdown()
+    assert sorted(starts().values()) == [1, 2]
+    for script in starts():
+        assert_undisturbed(script)
+
+
+def test_a_run_that_fails_is_reported_and_not_tried_again_while_one_that_is_killed_is():
+    process = start(scripts=["td3_continuous"], more=["--buffer-size", "8"])
+    assert process.wait(100) == 1
+    assert "--batch-size 16: more than --buffer-size 8 can hold" in Path("out.txt").read_text()
+    assert starts() == {"td3_continuous": 1}
+    for folder in Path("runs").iterdir():
+        folder.rename(Path("elsewhere"))
+    process = start(scripts=["td3_continuous"])
+    until(lambda: checkpoints() == 1, process)
+    training()[0].kill()
+    assert process.wait(100) == 0 and starts() == {"td3_continuous": 2}
+    assert_undisturbed("td3_continuous")
+
+
+def test_an_interrupted_sweep_has_its_runs_write_checkpoints():
+    process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0"])
+    until(lambda: list(Path("runs").glob("*/runs/*/events*")), process)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "the same command goes on" in Path("out.txt").read_text()
+    assert checkpoints() == 1 and not training()
