@@ -10,6 +10,7 @@ tags (charts/episodic_return). Runs of a cycle of tasks are left out.
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -240,7 +243,11 @@ def load(folder):
 
 def methods_of(runs):
     """The methods in their order: NE, TD3, others."""
-    order = lambda name: (not name.startswith("ne_"), name.split()[0] != "td3_continuous", name)  # noqa: E731
+
+    def order(name):
+        words = [(0, float(w), "") if re.fullmatch(r"[\d.e+-]*\d", w) else (1, 0, w) for w in re.split("[ =]", name)]
+        return not name.startswith("ne_"), name.split()[0] != "td3_continuous", words  # numbers by their size
+
     return sorted(runs["method"].unique(), key=order)
 
 
@@ -334,6 +341,10 @@ def range_text(values):
     return f"{low:_}" if low == high else f"{low:_} to {high:_}"
 
 
+def plural(values, noun):
+    return f"{range_text(values)} {noun}{'s' * (max(values) > 1)}"
+
+
 def returns_section(runs, curves):
     """Markdown: for each task a table with a row a method."""
     parts = []
@@ -360,7 +371,7 @@ def returns_section(runs, curves):
             what = "Return of the last evaluation, without exploration noise"
         else:
             what = f"Training return, with exploration noise, mean of the last 1/{BINS} of the steps"
-        parts += [f"**{task}**, {range_text(of_task['steps'])} steps. {what}.\n", markdown(head, rows)]
+        parts += [f"**{task}**, {plural(of_task['steps'], 'step')}. {what}.\n", markdown(head, rows)]
     parts += [
         f"IQM: mean of the middle half of the seeds, with a 95 % stratified bootstrap interval (percentile, {REPS:_} "
         f"resamples; rliable), from {MIN_SEEDS} seeds on. Dormant: share of the hidden neurons with a dormant score of "
@@ -466,9 +477,13 @@ def finish(figure, panels, file, checksum, title, legend=False):
         labelled = [panel.get_legend_handles_labels() for panel in panels]
         entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
         columns = max(1, int(figure.get_figwidth() * 13 // (8 + max(map(len, entries)))))
+        figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(entries) / columns) - 1))
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(file, dpi=100, metadata={"Data": checksum, "Software": None})
+    figure.savefig(drawn := io.BytesIO(), dpi=100)
     plt.close(figure)
+    (info := PngInfo()).add_text("Data", checksum)
+    image = Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image.save(file, pnginfo=info, optimize=True)
 
 
 def over_steps(curves, task, method, tag):
@@ -491,14 +506,14 @@ def draw_curves(runs, curves, file, checksum):
             seeds = over_steps(curves, task, method, "return")
             if seeds.empty:
                 continue
-            label = f"{method}, {range_text(counts[method])} seeds"
+            label = f"{method} ({plural(counts[method], 'seed')})"
             if seeds.shape[1] < MIN_SEEDS:
-                panel.plot(seeds.index, seeds, **style, linewidth=0.8, alpha=0.45)
+                panel.plot(seeds.index, seeds, **style, linewidth=0.8, alpha=0.6)
             seeds = seeds.dropna()
             scores = seeds.to_numpy().T[:, None]  # [seeds, 1 task, steps]
             if len(scores) >= MIN_SEEDS and len(seeds):
                 low, high = interval(lambda x: iqm(x[:, 0], axis=0), scores, reps=BAND_REPS)
-                panel.fill_between(seeds.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
+                panel.fill_between(seeds.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 panel.plot(seeds.index, iqm(scores[:, 0], axis=0), **style, linewidth=2, label=label)
             else:
                 panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=2, label=label)
@@ -511,11 +526,10 @@ def draw_curves(runs, curves, file, checksum):
     finish(figure, panels, file, checksum, either, legend=True)
 
 
-def draw_points(panel, methods, values, lows, highs, dots=None):
+def draw_points(panel, style, methods, values, lows, highs, dots=None):
     """A row a method: its value with its interval, or hollow, with the runs as dots, where the seeds are too few."""
-    colors = styles(methods)
     for y, (method, value, low, high) in enumerate(zip(methods, values, lows, highs, strict=True)):
-        color = colors[method]["color"]
+        color = style[method]["color"]
         few = math.isnan(low)
         if few and dots is not None:
             panel.plot(dots[method], np.full(len(dots[method]), y), ".", color=color, alpha=0.6)
@@ -530,32 +544,32 @@ def few_text(table, dots):
     return f"\nhollow: fewer than {MIN_SEEDS} seeds, so no interval{dots}" if few.any() else ""
 
 
-def draw_aggregate(table, each, file, checksum):
+def draw_aggregate(table, each, style, file, checksum):
     methods, tasks = list(table["method"]), table["tasks"][0]
     figure, panels = grid(2, 2, height=0.35 * len(methods) + 1)
     dots = {method: scores.ravel() for method, scores in each.items()}
-    draw_points(panels[0], methods, table["iqm"], table["iqm_low"], table["iqm_high"], dots)
+    draw_points(panels[0], style, methods, table["iqm"], table["iqm_low"], table["iqm_high"], dots)
     panels[0].set_xlabel("IQM of the normalised score (higher is better)")
     dots = {method: np.maximum(0, 1 - scores) for method, scores in dots.items()}
-    draw_points(panels[1], methods, table["gap"], table["gap_low"], table["gap_high"], dots)
+    draw_points(panels[1], style, methods, table["gap"], table["gap_low"], table["gap_high"], dots)
     panels[1].set_xlabel("optimality gap (lower is better)")
     panels[1].tick_params(labelleft=False)
     title = f"normalised score: {SCORE}\n{', '.join(tasks)}{few_text(table, '; dots: each run')}"
     finish(figure, panels, file, checksum, title)
 
 
-def draw_improvement(table, of, file, checksum):
+def draw_improvement(table, of, style, file, checksum):
     figure, (panel,) = grid(1, 1, width=7, height=0.35 * len(table) + 0.8)
     panel.axvline(0.5, color="black", linewidth=1, linestyle="--")
-    draw_points(panel, list(table["method"]), table["probability"], table["low"], table["high"])
+    draw_points(panel, style, list(table["method"]), table["probability"], table["low"], table["high"])
     panel.set(xlim=(-0.02, 1.02), xlabel="probability of improvement (0.5: neither is better)")
     finish(figure, [panel], file, checksum, f"{of} over ...{few_text(table, '')}")
 
 
 def draw_neurons(runs, curves, file, checksum):
     methods, tasks = methods_of(runs), sorted(runs["task"].unique())
-    labels = ["dormant ratio, actor", "dormant ratio, critics", "density"]
-    figure, panels = grid(3 * len(tasks), 3, height=2.6)
+    labels = ["dormant share, actor", "dormant share, critics", "density"]
+    figure, panels = grid(3 * len(tasks), 3, width=3.5, height=2.4)
     for row, task in enumerate(tasks):
         for panel, tag, label in zip(panels[3 * row :], NEURONS, labels, strict=False):
             for method, style in styles(methods).items():
@@ -564,8 +578,10 @@ def draw_neurons(runs, curves, file, checksum):
                     panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=1.8, label=method)
             panel.set(title=task, ylabel=label, ylim=(0, 1.03 if tag == "density" else None))
             steps_axis(panel)
-    title = "means over the seeds; dormant: share of hidden neurons with a score of at most 0.1; density: active / all"
-    finish(figure, panels, file, checksum, f"{title} connections", legend=True)
+    title = (
+        "dormant share: hidden neurons with a score of at most 0.1; density: active / all connections; mean over seeds"
+    )
+    finish(figure, panels, file, checksum, title, legend=True)
 
 
 def varied_arguments(runs):
@@ -599,8 +615,8 @@ def draw_sensitivity(found, file, checksum):
             panel.axvline(values.index(base), color="0.5", linestyle=":", label="base value")
         panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         panel.set(xlabel=name, ylabel=f"final return ({group['returns'].iloc[0]})", xlim=(-0.5, len(values) - 0.5))
-        seeds = range_text(group.groupby("value").size())
-        panel.set_title(f"{task}, {script}\n{range_text(group['steps'])} steps, {seeds} seeds", fontsize="medium")
+        text = f"{plural(group['steps'], 'step')}, {plural(group.groupby('value').size(), 'seed')}"
+        panel.set_title(f"{task}, {script}\n{text}", fontsize="medium")
     finish(figure, panels, file, checksum, "one argument varied, all others at their base value", legend=True)
 
 
@@ -613,17 +629,17 @@ def draw(folder, of=None):
     sections, numbers = compute(runs, curves, of)
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)  # one of other data must not stay
-    found = varied_arguments(runs)
+    style, found = styles(methods_of(runs)), varied_arguments(runs)
     draw_curves(runs, curves, folder / "learning_curves.png", checksum)
     missing = {}
     if numbers["aggregate"].empty:
         missing["aggregate.png"] = "no task that all methods have and that has a normalisation"
     else:
-        draw_aggregate(numbers["aggregate"], numbers["each"], folder / "aggregate.png", checksum)
+        draw_aggregate(numbers["aggregate"], numbers["each"], style, folder / "aggregate.png", checksum)
     if numbers["improvement"].empty:
         missing["improvement.png"] = "only one method"
     else:
-        draw_improvement(numbers["improvement"], numbers["of"], folder / "improvement.png", checksum)
+        draw_improvement(numbers["improvement"], numbers["of"], style, folder / "improvement.png", checksum)
     if curves["tag"].isin(NEURONS).any():
         draw_neurons(runs, curves, folder / "neurons.png", checksum)
     else:
