@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def curves_of(run, returns, last):
 
 
 def collect(folder, out, unfinished=False):
-    """Reads all runs below a folder, but for those in `out` -> runs and curves, as they stand in the CSV files."""
+    """Reads all runs below a folder, but for those in `out`, and writes runs.csv and curves.csv there."""
     folders = {path.parent for path in folder.rglob("events.out.tfevents.*") if path.is_file()}
     if not folders:
         fail(f"no run in {folder}: there is no events.out.tfevents.* anywhere below it; give the folder of your runs")
@@ -216,11 +217,13 @@ def collect(folder, out, unfinished=False):
                 curves.append(curve.assign(task=task, method=run["method"], seed=run["seed"], tag=short))
     if not kept:
         fail(f"no run in {folder} can be used, for the reasons above")
-    by = ["task", "method", "seed"]
-    return (
-        pd.DataFrame(kept)[RUN_COLUMNS + JOB].sort_values(by),
-        pd.concat(curves)[CURVE_COLUMNS].sort_values([*by, "tag", "step"]),
-    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, frame, columns, digits in (
+        ("runs.csv", pd.DataFrame(kept), RUN_COLUMNS + JOB, "%.9g"),
+        ("curves.csv", pd.concat(curves).sort_values(["tag", "step"]), CURVE_COLUMNS, "%.6g"),
+    ):
+        frame = frame[columns].sort_values(["task", "method", "seed"], kind="stable")
+        frame.to_csv(out / name, index=False, float_format=digits, lineterminator="\n")
 
 
 # ===== Numbers, all from the two tables =====
@@ -704,17 +707,12 @@ def main(words=None):
         )
     published = all((args.folder / name).exists() for name in ("runs.csv", "curves.csv"))
     out = args.out or (args.folder if published else args.folder / "report")
-    if published:
-        files = {name: (args.folder / name).read_bytes() for name in ("runs.csv", "curves.csv")}
-    else:
-        runs, curves = collect(args.folder, out, args.unfinished)
-        files = {
-            "runs.csv": runs.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode(),
-            "curves.csv": curves.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
-        }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (out / name).write_bytes(content)
+    if not published:
+        collect(args.folder, out, args.unfinished)
+    elif out.resolve() != args.folder.resolve():
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("runs.csv", "curves.csv"):
+            shutil.copyfile(args.folder / name, out / name)
     draw(out, args.of)
     print(f"{out / 'report.md'}, with its pictures and CSV files")
 
