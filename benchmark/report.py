@@ -79,13 +79,20 @@ def fail(text):
 # ===== From event files to two tables =====
 
 
+def read_json(path):
+    """A file's JSON object; an empty one if there is no such file."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+
+
 def read_run(folder):
     """A run folder -> dict with its `logs` (tag, step, value). ValueError says why the run cannot be used."""
     name = re.fullmatch(r"(.+)__(.+)__(\d+)__(\d+)(-\d+)?", folder.name)
     if not name:
         raise ValueError("its name is not <task>__<script>__<seed>__<unix time>")
-    own = (folder / "args.json").exists()
-    args = json.loads((folder / "args.json").read_text()) if own else {}
+    args = read_json(folder / "args.json")
     if "env_ids" in args:
         raise ValueError("a run of a cycle of tasks")
     logs, wall_clock, covered = [], 0.0, 0
@@ -106,11 +113,10 @@ def read_run(folder):
     steps, logs = int(logs["step"].max()), logs[logs["tag"].map(lambda tag: bool(TAGS.fullmatch(tag)))]
     if not logs["tag"].str.endswith("/episodic_return").any():
         raise ValueError("no charts/episodic_return in its event files")
-    job = folder.parent.parent / "job.json"
-    job = json.loads(job.read_text()) if job.exists() else {}
+    job = read_json(folder.parent.parent / "job.json")
     job = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.items()}
     return {
-        **{"folder": folder, "own": own, "script": name[2], "time": int(name[4])},
+        **{"folder": folder, "own": bool(args), "script": name[2], "time": int(name[4])},
         **{"task": args.get("env_id", name[1]), "seed": int(args.get("seed", name[3])), "steps": steps},
         **{"wall_clock_s": wall_clock, "steps_per_s": covered / wall_clock if wall_clock else math.nan},
         **{key: job.get(key, "") for key in JOB},
@@ -193,7 +199,9 @@ def collect(folder, out, unfinished=False):
     if not folders:
         fail(f"no run in {folder}: there is no events.out.tfevents.* anywhere below it; give the folder of your runs")
     runs = []
-    for path in sorted(path for path in folders if out.resolve() not in path.resolve().parents):
+    if folder.resolve() in out.resolve().parents:
+        folders = {path for path in folders if out.resolve() not in path.resolve().parents}
+    for path in sorted(folders):
         try:
             runs.append(read_run(path))
         except (ValueError, OSError) as error:
@@ -255,14 +263,14 @@ def methods_of(runs):
 
 
 def iqm(scores, axis=None):
-    """rliable's interquartile mean, 20 times faster (a quarter of the values, rounded down, goes at each end)."""
+    """rliable's interquartile mean, made fast (a quarter of the values, rounded down, goes at each end)."""
     scores = np.sort(scores, axis=axis)
     cut = len(scores) // 4
     return scores[cut : len(scores) - cut].mean(axis=0)
 
 
 def improvement(x, y):
-    """rliable's probability that a run of x ends above one of y, 200 times faster; ties count half."""
+    """rliable's probability that a run of x ends above one of y, made fast; ties count half."""
     return np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y))
 
 
@@ -331,8 +339,8 @@ def number(value):
 
 
 def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+    lines = [f"| {' | '.join(map(str, line))} |\n" for line in [head, *rows]]
+    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
 
 
 def between(low, high, n, show="{:.2f}".format):
@@ -651,7 +659,8 @@ def draw(folder, of=None):
         draw_sensitivity(found, folder / "sensitivity.png", checksum)
     else:
         missing["sensitivity.png"] = "no numeric argument was varied alone over three values"
-    parts = ["# Report\n", "Drawn by `benchmark/report.py` from `runs.csv` and `curves.csv`.\n"]
+    about = "each run, with its command, versions, machine and commit where they are known"
+    parts = ["# Report\n", f"Drawn by `benchmark/report.py` from `runs.csv` ({about}) and `curves.csv`.\n"]
     for name, heading in (
         ("returns", "Returns"),
         ("aggregate", "Aggregate over the tasks"),
@@ -682,8 +691,12 @@ def fill_readme(readme, results):
             fail(f"{readme.name} shows the section {wanted} of {name}; there is {', '.join(drawn[name])}")
         return f"{found['start']}\n{drawn[name][wanted]}{found['end']}"
 
-    start = r"(?P<start><!-- report (?P<name>\S+) (?P<section>\S+) -->)"
-    text = re.sub(rf"{start}\n.*?(?P<end><!-- end report -->)", section, readme.read_text(), flags=re.DOTALL)
+    start = r"^(?P<start><!-- report (?P<name>\S+) (?P<section>\S+) -->)$"
+    block = rf"{start}\n(?:(?!^<!-- report ).)*?(?P<end>^<!-- end report -->)$"
+    old = readme.read_text()
+    text, replaced = re.subn(block, section, old, flags=re.MULTILINE | re.DOTALL)
+    if replaced != len(re.findall(start, old, flags=re.MULTILINE)):
+        fail(f"{readme.name} has a <!-- report ... --> without its <!-- end report -->")
     readme.write_text(text)
 
 
