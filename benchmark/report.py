@@ -140,7 +140,7 @@ def finished(runs):
         steps = pd.Series([run["steps"] for run in of_task])
         last = steps.mode().max()
         for run in of_task:
-            # other projects log at the end of an episode, so not at the very last step
+            # another project's last log may be that of its last episode, up to a hundredth short of the last step
             if run["steps"] >= (last if run["own"] else 0.99 * last):
                 kept.append(run)
             else:
@@ -707,7 +707,7 @@ def main(words=None):
         "--out", type=Path, help="folder to write into; default: FOLDER/report, or that of the CSV files"
     )
     parser.add_argument("--of", metavar="METHOD", help="method whose probability of improvement is shown; default: NE")
-    parser.add_argument("--unfinished", action="store_true", help="take in runs that have not reached the last step")
+    parser.add_argument("--unfinished", action="store_true", help="take in runs that ended before most of their task")
     parser.add_argument("--readme", action="store_true", help="redraw what README.md shows, put its tables there")
     args = parser.parse_args(words)
     if args.readme:

@@ -238,11 +238,13 @@ def test_neuron_curves_are_means_over_the_networks_and_thinned_with_their_ends_k
     assert all(len(line.split(",")[-1].replace("0.", "").replace(".", "").lstrip("0")) <= 6 for line in lines)
 
 
-def test_the_table_has_the_mean_over_seeds_of_the_last_look_at_the_neurons(tmp_path):
-    sections, _ = report.compute(*read(some_runs(tmp_path)))
+def test_the_table_has_the_mean_of_the_last_look_at_the_neurons_and_the_median_speed(tmp_path):
+    runs, curves = read(some_runs(tmp_path))
+    runs["wall_clock_s"], runs["steps_per_s"] = 600 * runs["seed"], 100 * runs["seed"]
+    sections, _ = report.compute(runs, curves)
     for row in rows(sections["returns"], f"`{TD3}`"):  # 0.3, and the mean of 0.1 and 0.2; times seeds 1 and 2
         assert row[5:8] == ["0.450", "0.225", "-"]
-        assert row[8:] == ["100", "0"]
+        assert row[8:] == ["150", "15"]
 
 
 def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_common_ones(tmp_path):
@@ -302,6 +304,16 @@ def test_an_unfinished_run_counts_only_with_unfinished(tmp_path, capsys):
     runs, _ = read(tmp_path, unfinished=True)
     assert runs["seed"].tolist() == [1, 2, 3]
     assert "996 to 1_000 steps" in report.compute(*read(tmp_path, unfinished=True))[0]["returns"]
+
+
+def test_another_projects_run_may_end_with_its_last_episode_shortly_before_the_last_step(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path, CHEETAH, TD3, seed, 10.0)
+    write_run(tmp_path, CHEETAH, "td3_continuous_action", 1, 10.0, last=992, own=False)
+    short = write_run(tmp_path, CHEETAH, "td3_continuous_action", 2, 10.0, last=988, own=False)
+    runs, _ = read(tmp_path)
+    assert runs[["method", "seed"]].to_numpy().tolist() == [[TD3, 1], [TD3, 2], ["td3_continuous_action", 1]]
+    assert capsys.readouterr().err.startswith(f"left out {short}: ")
 
 
 def test_what_is_not_a_run_of_one_task_is_skipped_with_a_line_each(tmp_path, capsys):
