@@ -1,0 +1,484 @@
+"""benchmark/report.py: from event files to CSV files, tables and pictures."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from harness import ROOT, load_script
+from PIL import Image
+from rliable import metrics
+from torch.utils.tensorboard import SummaryWriter
+
+report = load_script(ROOT / "benchmark" / "report.py")
+NE, TD3 = "ne_td3_continuous", "td3_continuous"
+CHEETAH, HOPPER = "HalfCheetah-v4", "Hopper-v4"
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(report, "REPS", 300)
+    monkeypatch.setattr(report, "BAND_REPS", 50)
+
+
+def write_events(folder, logs, start=0.0):
+    """Writes an event file: {tag: [(step, value), ...]}, a hundred steps a second."""
+    with SummaryWriter(folder) as writer:
+        for tag, points in logs.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step, walltime=start + step / 100)
+
+
+def write_run(runs, task, script, seed, final, time=1700000000, last=1000, logs=None, own=True, **args):
+    """Writes a run with three evaluations, the last one `final` -> its folder."""
+    folder = runs / f"{task}__{script}__{seed}__{time}"
+    evaluations = [(last // 4, 0.0), (last // 2, final / 2), (last, final)]
+    write_events(folder, {"eval/episodic_return": evaluations} if logs is None else logs)
+    if own:
+        args = {"env_id": task, "seed": seed, "total_timesteps": 1000, "omega": 0.5, "grow": True} | args
+        (folder / "args.json").write_text(json.dumps(args))
+    return folder
+
+
+def read(runs, **options):
+    """Collects the runs -> runs, curves, as they stand in the CSV files."""
+    report.collect(runs, runs / "report", **options)
+    return report.load(runs / "report")[:2]
+
+
+def rows(section, first):
+    """The cells of the rows of a section's tables whose first cell is `first` -> list of lists."""
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    return [row for row in table if row[0] == first]
+
+
+def some_runs(folder, seeds=2):
+    """NE and TD3 on two tasks, with neurons -> the folder."""
+    neurons = {"neurons/actor/dormant_ratio_0.1": 0.3, "neurons/qf1/dormant_ratio_0.1": 0.1}
+    neurons |= {"neurons/qf2/dormant_ratio_0.1": 0.2}
+    for task, size in ((CHEETAH, 1000), (HOPPER, 100)):
+        for script, better in ((NE, 1.5), (TD3, 1)):
+            for seed in range(1, seeds + 1):
+                final = size * better * seed
+                logs = {"eval/episodic_return": [(step, final * step / 1000) for step in (250, 500, 1000)]}
+                logs |= {tag: [(step, value * seed) for step in (500, 1000)] for tag, value in neurons.items()}
+                write_run(folder, task, script, seed, final, logs=logs)
+    return folder
+
+
+# ===== Numbers =====
+
+
+def test_the_quick_iqm_is_rliables_and_the_mean_of_the_middle_half():
+    random = np.random.default_rng(0)
+    for shape in [(5, 1), (8, 1), (5, 5), (7, 3), (1, 1), (3, 1)]:
+        scores = random.normal(size=shape)
+        assert report.iqm(scores) == pytest.approx(metrics.aggregate_iqm(scores))
+        middle = sorted(scores.ravel())[scores.size // 4 : scores.size - scores.size // 4]
+        assert report.iqm(scores) == pytest.approx(sum(middle) / len(middle))
+    curves = random.normal(size=(6, 4))
+    np.testing.assert_allclose(report.iqm(curves, axis=0), [metrics.aggregate_iqm(curves[:, [i]]) for i in range(4)])
+
+
+def test_the_quick_probability_of_improvement_is_rliables_and_counts_the_pairs_with_ties_as_half():
+    random = np.random.default_rng(1)
+    for n, m, tasks in [(2, 2, 1), (5, 6, 3), (4, 3, 2)]:
+        x, y = random.integers(0, 4, (n, tasks)) * 1.0, random.integers(0, 4, (m, tasks)) * 1.0
+        won = [(a > b) + (a == b) / 2 for task in range(tasks) for a in x[:, task] for b in y[:, task]]
+        assert report.improvement(x, y) == pytest.approx(sum(won) / len(won))
+        assert report.improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+
+
+def test_a_table_gives_each_seed_and_from_five_seeds_on_the_iqm_with_an_interval_around_it(tmp_path):
+    values = [100.0, 900, 300, 500, 700, 200, 400, 4000]
+    for seed, value in enumerate(values, 1):
+        write_run(tmp_path, CHEETAH, NE, seed, value)
+    for seed in (1, 2, 3, 4):
+        write_run(tmp_path, CHEETAH, TD3, seed, 100.0 * seed)
+    sections, _ = report.compute(*read(tmp_path))
+    ((_, n, mean, each, iqm, *_),) = rows(sections["returns"], f"`{NE}`")
+    assert (n, mean) == ("8", f"{np.mean(values):.0f}")
+    assert each == "100, 900, 300, 500, 700, 200, 400, 4000"
+    middle, low, high = (float(word) for word in iqm.replace("(", "").replace(")", "").replace("to", "").split())
+    assert middle == (300 + 400 + 500 + 700) / 4
+    assert 100 <= low < middle < high <= 4000
+    ((_, n, mean, each, iqm, *_),) = rows(sections["returns"], f"`{TD3}`")
+    assert (n, mean, each, iqm) == ("4", "250", "100, 200, 300, 400", "too few seeds (4)")
+    assert "**HalfCheetah-v4**, 1_000 steps. Return of the last evaluation" in sections["returns"]
+
+
+def test_bootstrap_intervals_are_the_same_each_time_and_those_of_a_plain_bootstrap():
+    scores = np.random.default_rng(2).normal(size=(6, 2))
+    mean = lambda x: np.array([x.mean()])  # noqa: E731
+    ends = report.interval(mean, scores, reps=4000)[:, 0]
+    np.testing.assert_array_equal(ends, report.interval(mean, scores, reps=4000)[:, 0])
+    drawn = np.random.default_rng(3).integers(0, 6, (4000, 6, 2))  # each task's seeds apart
+    means = scores[drawn, [0, 1]].mean((1, 2))
+    np.testing.assert_allclose(ends, np.percentile(means, [2.5, 97.5]), atol=0.04)
+
+
+def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_first_seeds(tmp_path):
+    returns = {
+        (CHEETAH, NE): [5000.0, 12000, 3000],
+        (HOPPER, NE): [1000.0, 2000],
+        (CHEETAH, TD3): [4000.0, 2000],
+        (HOPPER, TD3): [500.0, 4000],
+        ("Ant-v4", NE): [1.0, 2.0],
+        ("Pendulum-v1", NE): [-150.0],
+        ("Pendulum-v1", TD3): [-150.0],
+    }
+    for (task, script), values in returns.items():
+        for seed, value in enumerate(values, 1):
+            write_run(tmp_path, task, script, seed, value)
+    runs, curves = read(tmp_path)
+    sections, _ = report.compute(runs, curves)
+    for method in (NE, TD3):
+        scores = []
+        for task, (low, high) in ((CHEETAH, (-289.415, 10574)), (HOPPER, (18.791, 3226))):
+            scores += [(value - low) / (high - low) for value in returns[task, method][:2]]
+        gap = sum(max(0, 1 - score) for score in scores) / 4
+        iqm, mean = sum(sorted(scores)[1:3]) / 2, sum(scores) / 4
+        expected = [f"{value:.3f} (too few seeds (2))" for value in (iqm, gap, mean)]
+        assert rows(sections["aggregate"], f"`{method}`") == [[f"`{method}`", "2", *expected]]
+    assert "Tasks: HalfCheetah-v4, Hopper-v4." in sections["aggregate"]
+    assert "Left out: Ant-v4 (no runs of td3_continuous), Pendulum-v1 (no normalisation)." in sections["aggregate"]
+    assert f"more seeds on one task than on another, the first count: `{NE}`: 2." in sections["aggregate"]
+    assert "SimbaV2" in sections["aggregate"] and "not checked against the paper" in sections["aggregate"]
+
+    # on Pendulum-v1 each has one seed, so on all tasks only the first counts there; a tie is half
+    first = np.mean([returns[task, NE][0] > returns[task, TD3][0] for task in (CHEETAH, HOPPER)])
+    ((_, tasks, seeds, probability, interval),) = rows(sections["improvement"], f"`{TD3}`")
+    assert tasks == "HalfCheetah-v4, Hopper-v4, Pendulum-v1" and seeds == "1, 1"
+    assert float(probability) == pytest.approx((2 * first + 0.5) / 3, abs=0.006)
+    assert interval == "too few seeds (1)"
+
+
+def test_with_five_seeds_the_aggregate_and_the_improvement_have_intervals_around_their_values(tmp_path):
+    random = np.random.default_rng(4)
+    values = {script: random.uniform(1000, 9000, 6) for script in (NE, TD3)}
+    for script in values:
+        for seed, value in enumerate(values[script], 1):
+            write_run(tmp_path, CHEETAH, script, seed, float(value))
+    _, numbers = report.compute(*read(tmp_path))
+    for row in numbers["aggregate"].itertuples():
+        assert row.iqm_low < row.iqm < row.iqm_high and row.gap_low < row.gap < row.gap_high
+        assert row.mean_low < row.mean < row.mean_high
+    (row,) = numbers["improvement"].itertuples()
+    pairs = [a > b for a in values[NE] for b in values[TD3]]
+    assert row.probability == pytest.approx(np.mean(pairs))
+    assert 0 <= row.low < row.probability < row.high <= 1
+
+
+# ===== From event files =====
+
+
+def test_runs_without_evaluations_make_the_whole_task_use_training_returns_in_twenty_bins(tmp_path):
+    random = np.random.default_rng(5)
+    points = [(int(step), float(random.normal())) for step in np.sort(random.choice(np.arange(1, 1000), 60, False))]
+    points.append((1000, 7.0))
+    foreign = write_run(
+        tmp_path, CHEETAH, "td3_continuous_action", 3, 0, logs={"charts/episodic_return": points}, own=0
+    )
+    ours = {"charts/episodic_return": [(500, 1.0), (960, 2.0), (1000, 4.0)], "eval/episodic_return": [(1000, 99.0)]}
+    write_run(tmp_path, CHEETAH, TD3, 1, 0, logs=ours)
+    write_run(tmp_path, HOPPER, TD3, 1, 50.0)
+    runs, curves = read(tmp_path)
+    assert not (foreign / "args.json").exists()
+    runs = runs.set_index(["task", "method"])
+    assert runs.loc[CHEETAH, "returns"].tolist() == ["training"] * 2
+    assert runs.loc[(HOPPER, TD3), "returns"] == "evaluation"
+    assert runs.loc[(CHEETAH, TD3), "final_return"] == 3.0
+    assert runs.loc[(CHEETAH, "td3_continuous_action"), "seed"] == 3
+    expected = []
+    for end in range(50, 1001, 50):
+        inside = [value for step, value in points if end - 50 < step <= end]
+        if inside:
+            expected.append((end, sum(inside) / len(inside)))
+    curve = curves[curves["method"] == "td3_continuous_action"]
+    assert set(curve["tag"]) == {"return"}
+    np.testing.assert_allclose(curve[["step", "value"]], expected, rtol=1e-5)
+    sections, _ = report.compute(*read(tmp_path))
+    assert "**HalfCheetah-v4**, 1_000 steps. Training return, with exploration noise" in sections["returns"]
+    assert "**Hopper-v4**, 1_000 steps. Return of the last evaluation" in sections["returns"]
+
+
+def test_a_resumed_runs_event_files_are_one_curve_and_their_times_are_summed(tmp_path):
+    folder = write_run(tmp_path, CHEETAH, NE, 1, 0, logs={"eval/episodic_return": [(100, 1.0), (500, 2.0)]})
+    write_events(folder, {"eval/episodic_return": [(600, 3.0), (1000, 4.0)]}, start=100_000)
+    folder.rename(f"{folder}-1")  # the name where two runs start in the same second
+    runs, curves = read(tmp_path)
+    assert curves[["step", "value"]].to_numpy().tolist() == [[100, 1], [500, 2], [600, 3], [1000, 4]]
+    (run,) = runs.itertuples()
+    assert (run.steps, run.final_return) == (1000, 4)
+    assert run.wall_clock_s == pytest.approx(4 + 4, abs=1e-3)
+    assert run.steps_per_s == pytest.approx((400 + 400) / 8, abs=0.1)
+
+
+def test_neuron_curves_are_means_over_the_networks_and_thinned_with_their_ends_kept(tmp_path):
+    steps, logs = range(10, 1001, 10), {"eval/episodic_return": [(1000, 5.0)]}
+    for number, net in enumerate(("actor", "qf1", "qf2")):
+        logs[f"neurons/{net}/dormant_ratio_0.1"] = [(step, step / 12345 + number) for step in steps]
+        logs[f"neurons/{net}/density"] = [(step, step / 2000 + number / 10) for step in steps]
+        logs[f"neurons/{net}/density_layer1"] = [(step, 77.0) for step in steps]
+        logs[f"neurons/{net}/dormant_ratio_0"] = [(step, 77.0) for step in steps]
+    write_run(tmp_path, CHEETAH, NE, 1, 0, logs=logs)
+    _, curves = read(tmp_path)
+    expected = {
+        "dormant_actor": lambda step: step / 12345,
+        "dormant_qf": lambda step: step / 12345 + 1.5,
+        "density": lambda step: step / 2000 + 0.1,
+    }
+    assert set(curves["tag"]) == {"return", *expected}
+    for tag, value in expected.items():
+        curve = curves[curves["tag"] == tag]
+        assert len(curve) == 50 and curve["step"].iloc[0] == 10 and curve["step"].iloc[-1] == 1000
+        np.testing.assert_allclose(curve["value"], value(curve["step"].to_numpy()), rtol=1e-5)
+    lines = (tmp_path / "report" / "curves.csv").read_text().splitlines()[1:]
+    assert all(len(line.split(",")[-1].replace("0.", "").replace(".", "").lstrip("0")) <= 6 for line in lines)
+
+
+def test_the_table_has_the_mean_of_the_last_look_at_the_neurons_and_the_median_speed(tmp_path):
+    runs, curves = read(some_runs(tmp_path))
+    runs["wall_clock_s"], runs["steps_per_s"] = 600 * runs["seed"], 100 * runs["seed"]
+    sections, _ = report.compute(runs, curves)
+    for row in rows(sections["returns"], f"`{TD3}`"):  # 0.3, and the mean of 0.1 and 0.2; times seeds 1 and 2
+        assert row[5:8] == ["0.450", "0.225", "-"]
+        assert row[8:] == ["150", "15"]
+
+
+def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_common_ones(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, CHEETAH, NE, seed, 1.0, eval_episodes=seed, cuda=seed > 1, torch_threads=seed)
+    write_run(tmp_path, CHEETAH, NE, 4, 1.0, grow=False)
+    write_run(tmp_path, CHEETAH, NE, 5, 1.0, grow=False, omega=0.1)
+    write_run(tmp_path, CHEETAH, TD3, 1, 1.0, omega=0.1)  # no most common value: both carry it
+    write_run(tmp_path, CHEETAH, TD3, 2, 1.0, omega=0.2)
+    write_run(tmp_path, HOPPER, NE, 1, 1.0, omega=7)  # another task: nothing differs there
+    runs, _ = read(tmp_path)
+    methods = {(run.task, run.method, run.seed) for run in runs.itertuples()}
+    assert methods == {
+        *((CHEETAH, NE, seed) for seed in (1, 2, 3)),
+        (CHEETAH, f"{NE} grow=False", 4),
+        (CHEETAH, f"{NE} omega=0.1 grow=False", 5),
+        (CHEETAH, f"{TD3} omega=0.1", 1),
+        (CHEETAH, f"{TD3} omega=0.2", 2),
+        (HOPPER, NE, 1),
+    }
+    settings = runs.set_index(["task", "method", "seed"])["settings"].map(json.loads)
+    assert settings[CHEETAH, NE, 1] == {"omega": 0.5, "grow": True}
+    assert settings[CHEETAH, f"{NE} omega=0.1 grow=False", 5] == {"omega": 0.1, "grow": False}
+    assert settings[HOPPER, NE, 1] == {}
+
+
+def test_methods_stand_in_order_ne_first_then_td3_and_settings_by_their_size():
+    order = [NE, f"{NE} omega=0.5", f"{NE} omega=10", TD3, f"{TD3} grow=False", "redo_td3_continuous", "zzz"]
+    assert report.methods_of(pd.DataFrame({"method": order[::-1] + order})) == order
+
+
+def test_of_runs_with_the_same_seed_the_furthest_then_the_newest_counts(tmp_path, capsys):
+    write_run(tmp_path, CHEETAH, NE, 1, 10.0, time=1)
+    newest = write_run(tmp_path / "deeper" / "still", CHEETAH, NE, 1, 30.0, time=3)
+    write_run(tmp_path, CHEETAH, NE, 1, 20.0, time=2)
+    write_run(tmp_path, HOPPER, NE, 1, 5.0, time=1, last=2000)
+    write_run(tmp_path, HOPPER, NE, 1, 6.0, time=2)
+    write_run(tmp_path, HOPPER, NE, 2, 7.0)
+    runs, _ = read(tmp_path)
+    assert runs[["task", "seed", "final_return"]].to_numpy().tolist() == [
+        [CHEETAH, 1, 30],
+        [HOPPER, 1, 5],
+        [HOPPER, 2, 7],
+    ]
+    (cheetah, hopper) = capsys.readouterr().err.splitlines()
+    assert cheetah.startswith(f"3 runs of {NE} on {CHEETAH} with seed 1") and str(newest) in cheetah
+    assert hopper.startswith(f"2 runs of {NE} on {HOPPER} with seed 1")
+
+
+def test_an_unfinished_run_counts_only_with_unfinished(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path, CHEETAH, NE, seed, 10.0)
+    short = write_run(tmp_path, CHEETAH, NE, 3, 10.0, last=996)
+    runs, _ = read(tmp_path)
+    assert runs["seed"].tolist() == [1, 2]
+    assert capsys.readouterr().err == f"left out {short}: at step 996 of 1000; --unfinished takes it in\n"
+    runs, _ = read(tmp_path, unfinished=True)
+    assert runs["seed"].tolist() == [1, 2, 3]
+    assert "996 to 1_000 steps" in report.compute(*read(tmp_path, unfinished=True))[0]["returns"]
+
+
+def test_another_projects_run_may_end_with_its_last_episode_shortly_before_the_last_step(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path, CHEETAH, TD3, seed, 10.0)
+    write_run(tmp_path, CHEETAH, "td3_continuous_action", 1, 10.0, last=992, own=False)
+    short = write_run(tmp_path, CHEETAH, "td3_continuous_action", 2, 10.0, last=988, own=False)
+    runs, _ = read(tmp_path)
+    assert runs[["method", "seed"]].to_numpy().tolist() == [[TD3, 1], [TD3, 2], ["td3_continuous_action", 1]]
+    assert capsys.readouterr().err.startswith(f"left out {short}: ")
+
+
+def test_what_is_not_a_run_of_one_task_is_skipped_with_a_line_each(tmp_path, capsys):
+    write_run(tmp_path, CHEETAH, NE, 1, 10.0)
+    cycle = write_run(tmp_path, "a+b", "ne_td3_cycling", 1, 10.0, env_ids=["a", "b"])
+    odd = tmp_path / "my_run"
+    write_events(odd, {"eval/episodic_return": [(1000, 1.0)]})
+    mute = write_run(tmp_path, CHEETAH, NE, 2, 10.0, logs={"losses/qf_loss": [(1000, 1.0)]})
+    broken = tmp_path / f"{CHEETAH}__{NE}__3__1"
+    broken.mkdir()
+    (broken / "events.out.tfevents.1.x").write_bytes(b"this is no event file" * 100)
+    args = write_run(tmp_path, CHEETAH, NE, 4, 10.0)
+    (args / "args.json").write_text("{")
+    runs, _ = read(tmp_path)
+    assert runs["seed"].tolist() == [1]
+    lines = capsys.readouterr().err.splitlines()
+    reasons = {cycle: "a cycle", odd: "its name is not", mute: "no charts/episodic_return", broken: "no scalars"}
+    reasons[args] = "args.json cannot be read"
+    assert len(lines) == len(reasons)
+    for path, reason in reasons.items():
+        (line,) = (line for line in lines if line.startswith(f"skipped {path}: "))
+        assert reason in line
+
+
+def test_the_jobs_command_versions_machine_and_commit_stand_in_runs_csv(tmp_path):
+    job = {"command": 'python x.py --a "b, c"', "versions": {"torch": "2.13"}, "machine": "m", "commit": "abc"}
+    write_run(tmp_path / "job 1" / "runs", CHEETAH, NE, 1, 10.0)
+    (tmp_path / "job 1" / "job.json").write_text(json.dumps(job))
+    write_run(tmp_path / "other", CHEETAH, NE, 2, 10.0)
+    runs, _ = read(tmp_path)
+    assert runs.loc[0, ["command", "machine", "commit"]].tolist() == ['python x.py --a "b, c"', "m", "abc"]
+    assert json.loads(runs.loc[0, "versions"]) == {"torch": "2.13"}
+    assert runs.loc[1, ["command", "versions", "machine", "commit"]].isna().all()
+
+
+@pytest.mark.parametrize("out", [".", "runs", "runs/report", "elsewhere"])
+def test_the_report_may_go_into_any_folder_and_is_not_taken_for_runs(tmp_path, out):
+    write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
+    write_run(tmp_path / "runs" / "report", CHEETAH, NE, 2, 10.0)
+    report.collect(tmp_path / "runs", tmp_path / out)
+    assert len(report.load(tmp_path / out)[0]) == (1 if out == "runs/report" else 2)
+
+
+# ===== The report =====
+
+
+def test_a_published_result_is_drawn_again_from_its_csv_files_alone_to_the_same_bytes(tmp_path, capsys):
+    some_runs(tmp_path / "runs", seeds=5)
+    report.main([str(tmp_path / "runs")])
+    drawn, again, other = tmp_path / "runs" / "report", tmp_path / "results" / "first", tmp_path / "other"
+    names = ["learning_curves.png", "aggregate.png", "improvement.png", "neurons.png", "report.md"]
+    assert sorted(path.name for path in drawn.iterdir()) == sorted([*names, "runs.csv", "curves.csv"])
+    again.mkdir(parents=True)
+    for name in ("runs.csv", "curves.csv"):
+        shutil.copy(drawn / name, again / name)
+    (again / "sensitivity.png").write_bytes(b"of other data")
+    report.main([str(again)])
+    report.main([str(again), "--out", str(other)])
+    assert not (again / "sensitivity.png").exists()
+    assert "Without `sensitivity.png`: " in (drawn / "report.md").read_text()
+    checksum = report.load(drawn)[2]
+    for name in names:
+        assert (again / name).read_bytes() == (drawn / name).read_bytes() == (other / name).read_bytes(), name
+        if name.endswith(".png"):
+            assert Image.open(again / name).text == {"Data": checksum}
+            assert (again / name).stat().st_size < 150_000
+            assert f"]({name})" in (again / "report.md").read_text()
+    assert report.tables(again)["returns"] in (again / "report.md").read_text()
+    report.collect(tmp_path / "runs", other)
+    for name in ("runs.csv", "curves.csv"):
+        assert (other / name).read_bytes() == (drawn / name).read_bytes()
+    assert capsys.readouterr().err == ""
+
+
+def test_with_one_method_there_is_no_improvement_and_without_a_common_task_no_aggregate(tmp_path):
+    write_run(tmp_path, "Pendulum-v1", TD3, 1, -150.0)
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "There is only one method" in text and "No task that all methods have" in text
+    for name in ("aggregate.png", "improvement.png", "neurons.png", "sensitivity.png"):
+        assert f"Without `{name}`: " in text and not (tmp_path / "report" / name).exists()
+
+
+def test_sensitivity_is_shown_for_numeric_arguments_varied_alone_over_three_values(tmp_path):
+    for seed in (1, 2):
+        for number, changes in enumerate(({}, {"omega": 0.1}, {"omega": 2}, {"grow": False}, {"tau": 1}, {"tau": 2})):
+            write_run(tmp_path, CHEETAH, NE, seed, 100.0 * seed, time=number, **{"tau": 0} | changes)
+    both = {"omega": 0.3, "grow": False, "tau": 0}
+    write_run(tmp_path, CHEETAH, NE, 1, 100.0, time=99, **both)
+    report.collect(tmp_path, tmp_path / "csv")
+    found = report.varied_arguments(report.load(tmp_path / "csv")[0])
+    shown = {name: (task, script, base, sorted(group["value"])) for task, script, name, base, group in found}
+    assert shown == {
+        "omega": (CHEETAH, NE, 0.5, [0.1, 0.1, 0.5, 0.5, 2, 2]),
+        "tau": (CHEETAH, NE, 0, [0, 0, 1, 1, 2, 2]),
+    }
+    report.draw_sensitivity(found, tmp_path / "sensitivity.png", "checksum")
+    assert Image.open(tmp_path / "sensitivity.png").text == {"Data": "checksum"}
+
+
+def test_the_improvement_is_nes_unvaried_or_of_the_method_asked_for(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path, CHEETAH, "a_script", seed, 1.0 * seed)
+        write_run(tmp_path, CHEETAH, NE, seed, 10.0 * seed)
+    write_run(tmp_path, CHEETAH, NE, 1, 5.0, time=3, grow=False)
+    tables = read(tmp_path)
+    assert report.compute(*tables)[1]["of"] == NE
+    sections, _ = report.compute(*tables, of="a_script")
+    assert rows(sections["improvement"], f"`{NE}`")[0][3] == "0.00"
+    assert rows(sections["improvement"], f"`{NE} grow=False`")[0][2:4] == ["2, 1", "0.00"]
+
+
+def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
+    write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
+    write_events(tmp_path / "names" / "odd", {"eval/episodic_return": [(1, 1.0)]})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "runs.csv").write_text("task,method\na,b\n")
+    (tmp_path / "torn" / "curves.csv").write_text("")
+    for words, line in {
+        (): "error: give a folder of runs",
+        ("nowhere",): "error: there is no folder nowhere; give",
+        ("empty",): "error: no run in empty: there is no events.out.tfevents.*",
+        ("names",): "error: no run in names can be used, for the reasons above",
+        ("torn",): "error: torn/runs.csv has no column seed, steps",
+        ("runs", "--of", "nobody"): f"error: no method 'nobody'; there is '{NE}'",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            report.main(list(words))
+        assert ended.value.code == 2
+        lines = [text for text in capsys.readouterr().err.splitlines() if not text.startswith("skipped ")]
+        assert len(lines) == 1 and lines[0].startswith(line), lines
+
+
+def test_the_readmes_sections_are_replaced_by_those_of_the_published_csv_files(tmp_path):
+    some_runs(tmp_path / "runs")
+    results = tmp_path / "results"
+    report.collect(tmp_path / "runs", results / "first")
+    readme = tmp_path / "README.md"
+    blocks = [f"<!-- report first {name} -->\n{{}}<!-- end report -->" for name in ("returns", "improvement")]
+    text = f"# Title\n\n{blocks[0]}\n\nBetween, \\1 stays.\n\n{blocks[1]}\nEnd.\n"
+    readme.write_text(text.format("old | table\n", ""))
+    report.fill_readme(readme, results)
+    sections = report.tables(results / "first")
+    assert readme.read_text() == text.format(sections["returns"], sections["improvement"])
+    assert sections["returns"] in (results / "first" / "report.md").read_text()
+    before = readme.read_bytes()
+    report.fill_readme(readme, results)
+    assert readme.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("<!-- report nothing returns -->\nold\n<!-- end report -->", "no folder"),
+        ("<!-- report first gains -->\nold\n<!-- end report -->", "there is returns, aggregate, improvement"),
+        ("<!-- report first returns -->\nold\n", "without its <!-- end report -->"),
+    ],
+)
+def test_a_readme_that_shows_what_is_not_there_is_left_as_it_is(tmp_path, capsys, text, line):
+    write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
+    report.collect(tmp_path / "runs", tmp_path / "results" / "first")
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        report.fill_readme(readme, tmp_path / "results")
+    assert ended.value.code == 2 and readme.read_text() == text
+    assert line in capsys.readouterr().err
