@@ -247,7 +247,7 @@ def count(jobs, states):
 def live_table(jobs, states):
     """Runs that have begun and are not finished -> rich table."""
     table = Table(title=count(jobs, states), title_justify="left", box=None)
-    for column in ("task", "script", "settings", "seed", "step", "of", "return", "steps/s", "left"):
+    for column in ("task", "script", "settings", "seed", "step", "of", "return", "speed", "left"):
         table.add_column(column, justify="left" if column in ("task", "script", "settings") else "right")
     for job in jobs:
         if job["folder"] not in states and (now := progress(job["folder"])):
@@ -270,7 +270,11 @@ def sweep(jobs, args):
     remote = ray.remote(**resources, max_retries=args.retries, retry_exceptions=[Died])(run)
     refs = {remote.remote(job, args.gpus_per_run): job for job in left}
     shown = time.monotonic()
-    live = Live(live_table(jobs, states), console=console, refresh_per_second=1) if console.is_terminal else None
+    live = (
+        Live(live_table(jobs, states), console=console, refresh_per_second=1, transient=True)
+        if console.is_terminal
+        else None
+    )
     try:
         with live or contextlib.nullcontext():
             while refs:

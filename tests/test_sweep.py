@@ -73,13 +73,12 @@ def test_a_cycling_script_takes_all_tasks_as_its_cycle():
 
 def test_a_runs_folder_depends_on_its_own_arguments_alone():
     def folders(*words, **options):
-        return {Path(job["script"]).stem: job["folder"] for job in jobs(*words, **options)}
+        return {(Path(job["script"]).stem, job["seed"]): job["folder"] for job in jobs(*words, **options)}
 
+    ne, td3 = ("ne_td3_continuous", 1), ("td3_continuous", 1)
     plain, other, more = folders(), folders("--growth-interval", "500"), folders(seeds=2, scripts=[TD3])
-    assert (
-        plain["td3_continuous"] == other["td3_continuous"] and plain["ne_td3_continuous"] != other["ne_td3_continuous"]
-    )
-    assert plain["td3_continuous"] in [job["folder"] for job in jobs(seeds=2)] and more
+    assert plain[td3] == other[td3] == more[td3] and plain[ne] != other[ne]
+    assert plain[ne] == folders(env_ids=["Ant-v4", "Hopper-v4"])[ne]
 
 
 @pytest.mark.parametrize(
@@ -222,3 +221,23 @@ def test_an_interrupted_sweep_has_its_runs_write_checkpoints():
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and "the same command goes on" in Path("out.txt").read_text()
     assert checkpoints() == 1 and not training()
+
+
+# ===== Progress =====
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (" 12%|#1  | 2345/20000 [00:10<01:20, 221.50 steps/s, return=-3.5, density=0.25]", "2345 20000 01:20 -3.5"),
+        ("100%|####| 20/20 [1:00:10<00:00,  3.10s/ steps]", "20 20 00:00 None"),
+        ("  0%|    | 0/20 [00:00<?, ? steps/s]", "0 20 ? None"),
+    ],
+)
+def test_progress_is_read_from_a_runs_bar(line, expected, tmp_path):
+    (tmp_path / "log.txt").write_text(f"\n$ python script.py\nsome words\r  0%| | 0/9 [00:00<?, ? steps/s]\r{line}")
+    found = sweep.progress(tmp_path)
+    assert f"{found['step']} {found['total']} {found['left']} {found['ret']}" == expected
+    with open(tmp_path / "log.txt", "a") as log:
+        log.write("\n$ python script.py --resume runs/x\n")  # started again: not yet at work
+    assert sweep.progress(tmp_path) == {}
