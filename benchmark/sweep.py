@@ -226,7 +226,8 @@ def tail(folder):
 def progress(folder):
     """How far a run is, from its progress bar -> {step, total, left, rate, return}, empty if it has not begun."""
     pattern = (
-        r"(?P<step>\d+)/(?P<total>\d+) \[[\d:]+<(?P<left>[\d:?]+),\s*(?P<rate>\S+) steps/s(.*return=(?P<ret>[-\d.]+))?"
+        r"(?P<step>\d+)/(?P<total>\d+) \[[\d:]+<(?P<left>[\d:?]+),\s*"
+        r"(?P<rate>[\d.?]+( steps/s|s/ steps))(.*return=(?P<ret>[-\d.]+))?"
     )
     for line in reversed(tail(folder)):
         if line.startswith("$"):
