@@ -344,7 +344,7 @@ def markdown(head, rows):
 
 
 def between(low, high, n, show="{:.2f}".format):
-    return f"{show(low)} to {show(high)}" if n >= MIN_SEEDS else f"too few seeds ({n})"
+    return f"{show(low)} to {show(high)}" if n >= MIN_SEEDS else "too few seeds"
 
 
 def range_text(values):

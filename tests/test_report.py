@@ -104,7 +104,7 @@ def test_a_table_gives_each_seed_and_from_five_seeds_on_the_iqm_with_an_interval
     assert middle == (300 + 400 + 500 + 700) / 4
     assert 100 <= low < middle < high <= 4000
     ((_, n, mean, each, iqm, *_),) = rows(sections["returns"], f"`{TD3}`")
-    assert (n, mean, each, iqm) == ("4", "250", "100, 200, 300, 400", "too few seeds (4)")
+    assert (n, mean, each, iqm) == ("4", "250", "100, 200, 300, 400", "too few seeds")
     assert "**HalfCheetah-v4**, 1_000 steps. Return of the last evaluation" in sections["returns"]
 
 
@@ -139,7 +139,7 @@ def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_f
             scores += [(value - low) / (high - low) for value in returns[task, method][:2]]
         gap = sum(max(0, 1 - score) for score in scores) / 4
         iqm, mean = sum(sorted(scores)[1:3]) / 2, sum(scores) / 4
-        expected = [f"{value:.3f} (too few seeds (2))" for value in (iqm, gap, mean)]
+        expected = [f"{value:.3f} (too few seeds)" for value in (iqm, gap, mean)]
         assert rows(sections["aggregate"], f"`{method}`") == [[f"`{method}`", "2", *expected]]
     assert "Tasks: HalfCheetah-v4, Hopper-v4." in sections["aggregate"]
     assert "Left out: Ant-v4 (no runs of td3_continuous), Pendulum-v1 (no normalisation)." in sections["aggregate"]
@@ -151,7 +151,7 @@ def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_f
     ((_, tasks, seeds, probability, interval),) = rows(sections["improvement"], f"`{TD3}`")
     assert tasks == "HalfCheetah-v4, Hopper-v4, Pendulum-v1" and seeds == "1, 1"
     assert float(probability) == pytest.approx((2 * first + 0.5) / 3, abs=0.006)
-    assert interval == "too few seeds (1)"
+    assert interval == "too few seeds"
 
 
 def test_with_five_seeds_the_aggregate_and_the_improvement_have_intervals_around_their_values(tmp_path):
