@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,8 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, ROOT, SCRIPTS, events, short_args
+from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, ROOT, SCRIPTS, events, load_script, short_args
+from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 
@@ -116,6 +118,29 @@ def test_the_readmes_start_blocks_set_up_and_run_all_that_they_need():
     set_up = ["python3 -m venv .venv", ". .venv/bin/activate"]
     assert run == [*set_up, "pip install -r requirements.txt", "python ne_td3_continuous.py --env-id HalfCheetah-v4"]
     assert tests == [*set_up, "pip install -r tests/requirements.txt", 'python -m pytest -m "not slow" -n auto']
+
+
+def test_the_readmes_results_are_what_the_report_draws_from_the_published_tables(tmp_path):
+    report, results = load_script(ROOT / "benchmark" / "report.py"), ROOT / "benchmark" / "results"
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(results, tmp_path / "results")
+    report.fill_readme(tmp_path / "README.md", tmp_path / "results")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run benchmark/report.py --readme"
+    drawn = [path for table in sorted(results.glob("*/runs.csv")) for path in sorted(table.parent.iterdir())]
+    assert {path.parent.name for path in drawn} == set(
+        re.findall(r"<!-- report (\S+) ", (ROOT / "README.md").read_text())
+    )
+    for folder in {path.parent for path in drawn}:
+        again = tmp_path / folder.relative_to(results.parent)
+        assert {path.name for path in folder.iterdir()} == {path.name for path in again.iterdir()}
+    for path in drawn:
+        again = tmp_path / path.relative_to(results.parent)
+        if path.suffix == ".png":
+            ours, new = Image.open(path), Image.open(again)
+            assert ours.info["Data"] == new.info["Data"] and ours.size == new.size, path
+            assert np.abs(np.asarray(ours.convert("L"), float) - np.asarray(new.convert("L"), float)).mean() < 1, path
+        else:
+            assert path.read_bytes() == again.read_bytes(), path
 
 
 # whose tags a row of the README's table is about, by the end of its last column
