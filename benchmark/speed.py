@@ -151,11 +151,10 @@ def run_convolutions(task, threads, pipe, chunk, warm_up):
             with torch.no_grad():
                 encoder(next_shifted)
                 target(next_shifted)
-            seen = encoder(shifted)
-            seen.backward(torch.ones_like(seen))
-            if step % args.policy_frequency == 0:
-                with torch.no_grad():
+                if step % args.policy_frequency == 0:
                     encoder(shifted[: args.batch_size])
+            seen = encoder(shifted)
+        seen.backward(torch.ones_like(seen))
 
 
 def run_sb3(env_id, threads, pipe, chunk, warm_up):
