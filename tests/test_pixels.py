@@ -287,6 +287,44 @@ def test_actions_are_scaled_to_the_tasks_bounds():
     assert NE.to_task(torch.tensor([0.3, 0.5, 1.0]), space).tolist() == pytest.approx([0.3, 7.5, -1])
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("module", [NE, DRQ], ids=lambda module: module.__name__)
+def test_a_run_acts_on_the_last_frames_and_stores_what_came_of_it(module, truncate, monkeypatch):
+    task, stacks, stored = harness.Counter(5, truncate, low=(-3.0,), high=(1.0,)), [], []
+
+    def number(env):
+        return np.full((3, 20, 20), 10 * env.episode + env.step_number, np.uint8)
+
+    class Encoder(module.Encoder):
+        def forward(self, obs):
+            if len(obs) == 1:  # not a batch
+                stacks.append(obs[0, ::3, 0, 0].tolist())
+            return super().forward(obs)
+
+    class Buffer(module.ReplayBuffer):
+        def start(self, frame):
+            stored.append(int(frame[0, 0, 0]))
+            super().start(frame)
+
+        def add(self, action, reward, frame, terminated):
+            stored.append((float(action), float(reward), int(frame[0, 0, 0]), bool(terminated)))
+            super().add(action, reward, frame, terminated)
+
+    replaced = {"make_env": lambda *given: task, "picture": number, "Encoder": Encoder, "ReplayBuffer": Buffer}
+    for name, new in replaced.items():
+        monkeypatch.setattr(module, name, new)
+    train(module, action_repeat=2, total_timesteps=9, learning_starts=3, growth_interval=6)
+    # an episode of 5 frames is 3 agent steps, of which the last one is a frame long
+    for episode in range(3):
+        first, *steps = stored[4 * episode : 4 * episode + 4]
+        assert first == 10 * episode
+        assert [frame - first for _, _, frame, _ in steps] == [2, 4, 5]
+        assert [terminated for *_, terminated in steps] == [False, False, not truncate]
+        for (action, reward, _, _), frames in zip(steps, (2, 2, 1), strict=True):
+            assert -1 <= action <= 1 and reward == pytest.approx(frames * (2 * action - 1), abs=1e-5)
+    assert stacks == [[a + b for b in shown] for a in (10, 20) for shown in ([0, 0, 0], [0, 0, 2], [0, 2, 4])]
+
+
 # ===== Networks =====
 
 
@@ -383,8 +421,8 @@ class Watched:
         class Buffer(module.ReplayBuffer):
             def sample(self, batch_size, *given, **options):
                 batch = super().sample(batch_size, *given, **options)
-                if batch_size == 8:
-                    run.batch = batch
+                if batch_size == 8:  # some of the episodes ended there
+                    run.batch = batch = batch._replace(terminated=(torch.arange(8) % 3 == 0).float())
                 return batch
 
         original_shift, original_sample = module.random_shift, module.Actor.sample
