@@ -790,6 +790,22 @@ def test_a_resumed_run_cuts_its_log_and_drops_what_is_left_of_another_checkpoint
     assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
 
 
+def test_a_resumed_run_goes_on_with_what_review_and_pruning_have_counted(interrupted, drawn, monkeypatch):
+    folder, states = Path(shutil.copytree(interrupted[1], "copy")), []
+    test_resume.edit(folder / "args.json", '"neuron_interval": 40', '"neuron_interval": 1000')  # the gate stays put
+    checkpoint = harness.saved(folder / "checkpoint.pt")
+    assert checkpoint["global_step"] == 40
+    checkpoint["ne"]["gate"] |= {"g": 0.25, "g_max": 0.5, "previous": 3}
+    for number, net in enumerate(HEADS):
+        checkpoint["ne"][net]["pruned"] = 5 + number
+    torch.save(checkpoint | {"reviewed": 11}, folder / "checkpoint.pt")
+    monkeypatch.setattr(NE, "save_checkpoint", lambda folder, state, rb: states.append(state))
+    NE.main(NE.Args(resume=str(folder)))
+    assert states[0]["global_step"] == 80 and states[0]["ne"]["gate"] == checkpoint["ne"]["gate"]
+    assert 11 + 8 < states[0]["reviewed"] < 11 + 32  # about half of the 40 batches since then
+    assert all(states[0]["ne"][net]["pruned"] >= 5 + number for number, net in enumerate(HEADS))
+
+
 def test_evaluate_plays_the_saved_agent_and_prints_the_same_each_time(drawn, capsys):
     folder, _, log = train(DRQ, eval_interval=100, eval_episodes=2)
     printed = []
