@@ -798,11 +798,11 @@ def test_a_resumed_run_goes_on_with_what_review_and_pruning_have_counted(interru
     checkpoint["ne"]["gate"] |= {"g": 0.25, "g_max": 0.5, "previous": 3}
     for number, net in enumerate(HEADS):
         checkpoint["ne"][net]["pruned"] = 5 + number
-    torch.save(checkpoint | {"reviewed": 11}, folder / "checkpoint.pt")
+    torch.save(checkpoint | {"reviewed": 1000}, folder / "checkpoint.pt")
     monkeypatch.setattr(NE, "save_checkpoint", lambda folder, state, rb: states.append(state))
     NE.main(NE.Args(resume=str(folder)))
     assert states[0]["global_step"] == 80 and states[0]["ne"]["gate"] == checkpoint["ne"]["gate"]
-    assert 11 + 8 < states[0]["reviewed"] < 11 + 32  # about half of the 40 batches since then
+    assert 1008 < states[0]["reviewed"] < 1032  # about half of the 40 batches since then
     assert all(states[0]["ne"][net]["pruned"] >= 5 + number for number, net in enumerate(HEADS))
 
 
