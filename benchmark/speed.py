@@ -3,6 +3,8 @@
     python benchmark/speed.py
     python benchmark/speed.py --env-ids HalfCheetah-v4 Humanoid-v4 --threads 1 2
     python benchmark/speed.py --cycle --env-ids HalfCheetah-v4 Humanoid-v4 Ant-v4 Hopper-v4 --threads 1
+    python benchmark/speed.py --pixels
+    python benchmark/speed.py --pixels --image-size 48 --batch-size 128 --hidden-dim 256 --augmentations 1 --threads 1
 
 Each contestant is a process of its own; they take turns, a chunk of training steps each, so that whatever else the
 machine is doing meets all of them alike. A ratio is taken within a round and given as its median and quartiles over
@@ -10,6 +12,10 @@ the rounds. The share of the matrix-product limit is the time that the products 
 in a bare loop, over the time of the whole training step (task, acting and storing included).
 With --cycle the contestants are NE-TD3 on each task alone and in a cycle with the other ones, so padded to the largest
 of them; then a short cycle of them all is run, for the time that a switch from task to task takes.
+With --pixels they are NE-DrQ, DrQ, and the convolutions of one update alone, in a bare loop: random shifts, forward and
+backward passes. They run on the GPU if there is one, which is waited for before a time is taken. The last command above
+is a setting for a CPU. NE's events (with --pixels every 2500 gradient steps, --growth-interval) come later than the
+timed steps, so what they cost is not in the numbers unless that interval is made short.
 """
 
 import argparse
@@ -30,7 +36,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"NE-TD3": ROOT / "ne_td3_continuous.py", "TD3": ROOT / "baselines" / "td3_continuous.py"}
 CYCLING = ROOT / "ne_td3_cycling.py"
+PIXELS = {"NE-DrQ": ROOT / "ne_drq_pixels.py", "DrQ": ROOT / "baselines" / "drq_pixels.py"}
 LEARNING_STARTS, HIDDEN, BATCH = 1000, 256, 256
+PIXELS_LEARNING_STARTS = 200
 TOTAL = 1_000_000  # of the run that is timed; only its beginning is run
 
 
@@ -39,6 +47,14 @@ class Turns:
 
     def __init__(self, steps, pipe, chunk, warm_up):
         self.steps, self.pipe, self.chunk, self.warm_up = steps, pipe, chunk, warm_up
+        self.parts, self.marked, self.synchronize = {}, 0.0, lambda: None
+
+    def mark(self, part):
+        """Adds the time since the last mark to what a part of the steps takes."""
+        self.synchronize()
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.marked
+        self.marked = now
 
     def turn_over(self, step):
         """Called before each step: after a chunk, reports its time and waits for the next turn."""
@@ -49,14 +65,18 @@ class Turns:
         else:
             self.pipe.send("warm")
         if self.pipe.recv() == "stop":
-            self.pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            on_gpu = sys.modules["torch"].cuda.max_memory_allocated()
+            self.pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, on_gpu, self.parts))
             os._exit(0)
-        self.start = time.perf_counter()
+        if step == self.warm_up:
+            self.parts.clear()
+        self.start = self.marked = time.perf_counter()
 
     def __iter__(self):
         for step in self.steps:
             self.turn_over(step)
             yield step
+            self.mark("update")
 
     def set_postfix(self, *args, **kwargs):
         pass
@@ -74,6 +94,67 @@ def run_script(path, task, threads, pipe, chunk, warm_up):
     module.tqdm = lambda steps, **kwargs: Turns(steps, pipe, chunk, warm_up)
     args = {"learning_starts": LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0, "cuda": False}
     module.main(module.Args(**task, torch_threads=threads, **args))
+
+
+def marked(call, turns, after, before=None):
+    """A function that marks the time before and after it."""
+
+    def calling(*arguments):
+        if before:
+            turns.mark(before)
+        result = call(*arguments)
+        turns.mark(after)
+        return result
+
+    return calling
+
+
+def run_pixels(path, task, threads, pipe, chunk, warm_up):
+    """A step's parts, in their order: acting, rendering (with the task's own steps and resets), storing, the update."""
+    module = load_script(path)
+    turns = Turns(None, pipe, chunk, warm_up)
+    if module.torch.cuda.is_available():
+        turns.synchronize = module.torch.cuda.synchronize
+
+    def take_turns(steps, **kwargs):
+        turns.steps = steps
+        return turns
+
+    module.tqdm = take_turns
+    module.repeat_action = marked(module.repeat_action, turns, "render", before="acting")
+    module.picture = marked(module.picture, turns, "render")
+    module.ReplayBuffer.add = marked(module.ReplayBuffer.add, turns, "storing")
+    args = {"learning_starts": PIXELS_LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0}
+    known = {name: value for name, value in task.items() if name in module.Args.__dataclass_fields__}
+    module.main(module.Args(**known, torch_threads=threads, **args))
+
+
+def run_convolutions(task, threads, pipe, chunk, warm_up):
+    """What DrQ's encoder does in each update: the shifts and both its passes, and the target encoder's."""
+    module = load_script(PIXELS["DrQ"])
+    torch = module.torch
+    known = {name: value for name, value in task.items() if name in module.Args.__dataclass_fields__}
+    args = module.Args(**known, torch_threads=threads)
+    module.set_process(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, target = (module.Encoder(args.frame_stack, args.image_size).to(device) for _ in range(2))
+    shape = args.batch_size, 3 * args.frame_stack, args.image_size, args.image_size
+    obs, next_obs = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(2))
+    turns = Turns(range(warm_up - 5, TOTAL), pipe, chunk, warm_up)
+    if device.type == "cuda":
+        turns.synchronize = torch.cuda.synchronize
+    for step in turns:
+        shifted = module.random_shift(obs.repeat(args.loss_augmentations, 1, 1, 1), args.shift)
+        next_shifted = module.random_shift(next_obs.repeat(args.target_augmentations, 1, 1, 1), args.shift)
+        encoder.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+            with torch.no_grad():
+                encoder(next_shifted)
+                target(next_shifted)
+                if step % args.policy_frequency == 0:
+                    encoder(shifted[: args.batch_size])
+            seen = encoder(shifted)
+        seen.backward(torch.ones_like(seen))
 
 
 def run_sb3(env_id, threads, pipe, chunk, warm_up):
@@ -158,12 +239,16 @@ def run_products(env_id, threads, pipe, chunk, warm_up):
                     torch.mm(left, right, out=out)
 
 
-def contestant(name, env_id, threads, pipe, chunk, warm_up, folder):
+def contestant(name, env_id, threads, pipe, chunk, warm_up, folder, settings):
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     os.dup2(sys.stderr.fileno(), 2)
     if name in SCRIPTS:
         run_script(SCRIPTS[name], {"env_id": env_id, "total_timesteps": TOTAL}, threads, pipe, chunk, warm_up)
+    elif name in PIXELS:
+        run_pixels(PIXELS[name], {"env_id": env_id} | settings, threads, pipe, chunk, warm_up)
+    elif name == "convolutions":
+        run_convolutions(settings, threads, pipe, chunk, warm_up)
     elif name.startswith("cycle "):  # its first visit, to `env_id`, is all that is run
         task = {"env_ids": (env_id, *name.split()[1:]), "task_steps": TOTAL, "eval_episodes": 1}
         run_script(CYCLING, task, threads, pipe, chunk, warm_up)
@@ -171,14 +256,14 @@ def contestant(name, env_id, threads, pipe, chunk, warm_up, folder):
         {"SB3 TD3": run_sb3, "products": run_products}[name](env_id, threads, pipe, chunk, warm_up)
 
 
-def measure(names, env_id, threads, rounds, chunk, warm_up):
-    """-> ({contestant: seconds per step, [rounds]}, {contestant: peak memory in bytes})."""
+def measure(names, env_id, threads, rounds, chunk, warm_up, settings=None):
+    """-> ({contestant: seconds per step, [rounds]}, {contestant: (peak memory, on the GPU, seconds of each part)})."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:  # one after the other, so that warming up does not disturb either
             pipes[name], theirs = context.Pipe()
-            arguments = (name, env_id, threads, theirs, chunk, warm_up, folder)
+            arguments = (name, env_id, threads, theirs, chunk, warm_up, folder, settings)
             context.Process(target=contestant, args=arguments, daemon=True).start()
             theirs.close()
             assert pipes[name].recv() == "warm"
@@ -187,11 +272,11 @@ def measure(names, env_id, threads, rounds, chunk, warm_up):
             for name in names:
                 pipes[name].send("go")
                 seconds[name].append(pipes[name].recv() / chunk)
-        memory = {}
+        ends = {}
         for name in names:
             pipes[name].send("stop")
-            memory[name] = pipes[name].recv()
-    return {name: np.array(times) for name, times in seconds.items()}, memory
+            ends[name] = pipes[name].recv()
+    return {name: np.array(times) for name, times in seconds.items()}, ends
 
 
 def spread(ratios):
@@ -244,31 +329,74 @@ def print_cycle(args):
     print(f"\nA step that starts a visit: {np.median(times) * 1e3:.1f} ms, at most {max(times) * 1e3:.1f} ms")
 
 
+def print_pixels(args):
+    """The table of --pixels."""
+    import torch
+
+    settings = {"image_size": args.image_size, "batch_size": args.batch_size, "hidden_dim": args.hidden_dim}
+    settings |= {"action_repeat": args.action_repeat, "growth_interval": args.growth_interval, "bf16": args.bf16}
+    settings |= {"target_augmentations": args.augmentations, "loss_augmentations": args.augmentations}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    print("on", torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU", "\n")
+    shares = ["render", "update", "acting", "storing"]
+    columns = ["task", "threads", "method", "frames/s", "over DrQ", *shares, "encode (part of update)"]
+    print("|", " | ".join([*columns, "memory, MB", "on the GPU, MB"]), "|")
+    print("|---" * (len(columns) + 2) + "|")
+    for env_id in args.env_ids:
+        for threads in args.threads:
+            names = [*PIXELS, "convolutions"]
+            seconds, ends = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up, settings)
+            for name in PIXELS:
+                own, (memory, on_gpu, parts) = seconds[name], ends[name]
+                cells = [env_id, threads, name, f"{args.action_repeat * np.median(1 / own):.1f}"]
+                cells += [spread(seconds["DrQ"] / own)]
+                cells += [f"{parts[part] / sum(parts.values()):.2f}" for part in shares]
+                cells += [spread(seconds["convolutions"] / own), f"{memory / 1e6:.0f}", f"{on_gpu / 1e6:.0f}"]
+                print("|", " | ".join(map(str, cells)), "|", flush=True)
+    print("\nFrames are the task's: agent steps times action repeat. For orientation, DrQ-v2's published figure is")
+    print("64 to 120 frames/s, training on one GPU.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-ids", nargs="+", default=["HalfCheetah-v4"])
+    parser.add_argument("--env-ids", nargs="+", help="default: HalfCheetah-v4; with --pixels dm_control/walker-walk-v0")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--chunk", type=int, default=250, help="training steps of a turn")
-    parser.add_argument("--warm-up", type=int, default=LEARNING_STARTS + 500, help="steps before the first turn")
+    parser.add_argument("--chunk", type=int, help="training steps of a turn; default: 250, with --pixels 20")
+    parser.add_argument("--warm-up", type=int, help="steps before the first turn; default: 1500, with --pixels 205")
     parser.add_argument("--cycle", action="store_true", help="measure what being one task of a cycle costs")
+    parser.add_argument(
+        "--pixels", action="store_true", help="measure the scripts that learn from pixels, as set below"
+    )
+    parser.add_argument("--image-size", type=int, default=84)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--hidden-dim", type=int, default=1024)
+    parser.add_argument("--action-repeat", type=int, default=2)
+    parser.add_argument("--augmentations", type=int, default=2, help="random shifts, K and M")
+    parser.add_argument("--growth-interval", type=int, default=2500)
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
+    args.env_ids = args.env_ids or ["dm_control/walker-walk-v0" if args.pixels else "HalfCheetah-v4"]
+    args.chunk = args.chunk or (20 if args.pixels else 250)
+    args.warm_up = args.warm_up or (PIXELS_LEARNING_STARTS + 5 if args.pixels else LEARNING_STARTS + 500)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print("Medians over rounds, quartiles in parentheses.\n")
     if args.cycle:
         return print_cycle(args)
+    if args.pixels:
+        return print_pixels(args)
     print("| task | threads | method | steps/s | over SB3's TD3 | over our TD3 | share of the limit | memory, MB |")
     print("|---|---|---|---|---|---|---|---|")
     for env_id in args.env_ids:
         for threads in args.threads:
             names = [*SCRIPTS, "SB3 TD3", "products"]
-            seconds, memory = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up)
+            seconds, ends = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up)
             for name in [*SCRIPTS, "SB3 TD3"]:
                 own = seconds[name]
                 columns = [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]
                 rate = f"{np.median(1 / own):.0f}"
                 print(
-                    f"| {env_id} | {threads} | {name} | {rate} |", " | ".join(columns), f"| {memory[name] / 1e6:.0f} |"
+                    f"| {env_id} | {threads} | {name} | {rate} |", " | ".join(columns), f"| {ends[name][0] / 1e6:.0f} |"
                 )
             rate = f"{np.median(1 / seconds['products']):.0f}"
             print(f"| {env_id} | {threads} | matrix products alone | {rate} | | | 1 | |", flush=True)

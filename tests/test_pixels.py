@@ -1,9 +1,11 @@
 """DrQ, NE-DrQ and the methods beside them, from pixels: each part against a computation of the test's own."""
 
+import contextlib
 import copy
 import inspect
 import math
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import harness
 import numpy as np
 import pytest
 import test_arguments
+import test_project
 import test_resume
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,9 @@ INJECTION, LAYER_NORM = SCRIPTS["injection_drq_pixels"], SCRIPTS["layer_norm_drq
 HEADS = ("actor", "qf1", "qf2")
 OFF = {"grow": False, "prune": False, "review": False, "initial_density": 1.0}
 with_all = pytest.mark.parametrize("script", SCRIPTS)
+# of all scripts, but only NE each time: the others share its code to the letter, but for what is their own
+ne_first = [pytest.param(name, marks=[] if name == "ne_drq_pixels" else [pytest.mark.slow]) for name in SCRIPTS]
+with_all_but_most_slow = pytest.mark.parametrize("script", ne_first)
 
 
 # ===== Short runs =====
@@ -56,12 +62,17 @@ def sketch(env):
     return (127 + 120 * waves).astype(np.uint8).reshape(3, size, size)
 
 
+def draw(patch):
+    """Makes all scripts sketch tasks, not render them."""
+    for module in SCRIPTS.values():
+        patch.setattr(module, "picture", sketch)
+        patch.setattr(module, "make_env", unrendered(module.make_env))
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Tasks are sketched, not rendered."""
-    for module in SCRIPTS.values():
-        monkeypatch.setattr(module, "picture", sketch)
-        monkeypatch.setattr(module, "make_env", unrendered(module.make_env))
+    draw(monkeypatch)
 
 
 def unrendered(make_env):
@@ -276,6 +287,44 @@ def test_actions_are_scaled_to_the_tasks_bounds():
     assert NE.to_task(torch.tensor([0.3, 0.5, 1.0]), space).tolist() == pytest.approx([0.3, 7.5, -1])
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("module", [NE, DRQ], ids=lambda module: module.__name__)
+def test_a_run_acts_on_the_last_frames_and_stores_what_came_of_it(module, truncate, monkeypatch):
+    task, stacks, stored = harness.Counter(5, truncate, low=(-3.0,), high=(1.0,)), [], []
+
+    def number(env):
+        return np.full((3, 20, 20), 10 * env.episode + env.step_number, np.uint8)
+
+    class Encoder(module.Encoder):
+        def forward(self, obs):
+            if len(obs) == 1:  # not a batch
+                stacks.append(obs[0, ::3, 0, 0].tolist())
+            return super().forward(obs)
+
+    class Buffer(module.ReplayBuffer):
+        def start(self, frame):
+            stored.append(int(frame[0, 0, 0]))
+            super().start(frame)
+
+        def add(self, action, reward, frame, terminated):
+            stored.append((float(action), float(reward), int(frame[0, 0, 0]), bool(terminated)))
+            super().add(action, reward, frame, terminated)
+
+    replaced = {"make_env": lambda *given: task, "picture": number, "Encoder": Encoder, "ReplayBuffer": Buffer}
+    for name, new in replaced.items():
+        monkeypatch.setattr(module, name, new)
+    train(module, action_repeat=2, total_timesteps=9, learning_starts=3, growth_interval=6)
+    # an episode of 5 frames is 3 agent steps, of which the last one is a frame long
+    for episode in range(3):
+        first, *steps = stored[4 * episode : 4 * episode + 4]
+        assert first == 10 * episode
+        assert [frame - first for _, _, frame, _ in steps] == [2, 4, 5]
+        assert [terminated for *_, terminated in steps] == [False, False, not truncate]
+        for (action, reward, _, _), frames in zip(steps, (2, 2, 1), strict=True):
+            assert -1 <= action <= 1 and reward == pytest.approx(frames * (2 * action - 1), abs=1e-5)
+    assert stacks == [[a + b for b in shown] for a in (10, 20) for shown in ([0, 0, 0], [0, 0, 2], [0, 2, 4])]
+
+
 # ===== Networks =====
 
 
@@ -372,8 +421,8 @@ class Watched:
         class Buffer(module.ReplayBuffer):
             def sample(self, batch_size, *given, **options):
                 batch = super().sample(batch_size, *given, **options)
-                if batch_size == 8:
-                    run.batch = batch
+                if batch_size == 8:  # some of the episodes ended there
+                    run.batch = batch = batch._replace(terminated=(torch.arange(8) % 3 == 0).float())
                 return batch
 
         original_shift, original_sample = module.random_shift, module.Actor.sample
@@ -552,6 +601,13 @@ def test_ne_masks_the_heads_and_nothing_else_and_logs_its_tags(drawn):
     assert [step for step, _ in log["losses/alpha"]] == [120]
 
 
+@with_all_but_most_slow
+def test_the_readme_explains_exactly_the_tags_that_are_logged(script, drawn):
+    often = {"redo_interval": 40, "reset_interval": 40, "eval_interval": 60, "eval_episodes": 1}
+    folder = train(SCRIPTS[script], total_timesteps=122, **often)[0]
+    assert test_project.logged_tags(folder) == test_project.explained_tags(script)
+
+
 def test_both_critics_heads_count_for_the_review(monkeypatch, drawn):
     totals = []
     update = NE.ReviewGate.update
@@ -591,10 +647,16 @@ def known(monkeypatch):
         monkeypatch.setitem(harness.SCRIPTS, name, module)
 
 
-@pytest.mark.parametrize("script", ["ne_drq_pixels", pytest.param("injection_drq_pixels", marks=pytest.mark.slow)])
+OFTEN = {
+    "reset_drq_pixels": {"reset_interval": 35},
+    "redo_drq_pixels": {"redo_interval": 15, "redo_tau": 0.5},
+    "injection_drq_pixels": {"injection_step": (35, 82)},
+}
+
+
+@with_all_but_most_slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, known):
-    more = {"injection_step": (35, 82)} if script == "injection_drq_pixels" else {"buffer_size": 50}
-    args = short_args(SCRIPTS[script], **SETTINGS, **more)
+    args = short_args(SCRIPTS[script], **SETTINGS, **OFTEN.get(script, {"buffer_size": 50}))
     process = test_resume.start(script, *harness.flags(args))
     test_resume.wait_for(process, "runs/*/buffer-80.bin")
     time.sleep(0.1)
@@ -606,18 +668,142 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, known):
     assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
 
 
-def test_a_signal_ends_the_run_after_its_episode_and_it_can_go_on(known):
-    args = short_args(DRQ, **SETTINGS | {"checkpoint_interval": 0, "eval_interval": 0})
-    process = test_resume.start("drq_pixels", *harness.flags(args))
+LONG = {"action_repeat": 2, "total_timesteps": 530, "growth_interval": 100}  # an episode of 500 agent steps
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "ends"),
+    [
+        ("drq_pixels", {}, (40, 80)),
+        pytest.param("drq_pixels", LONG, (500,), marks=pytest.mark.slow),
+        pytest.param("ne_drq_pixels", LONG, (500,), marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_run_after_its_episode_and_it_can_go_on(script, changes, ends, known):
+    args = short_args(SCRIPTS[script], **SETTINGS | {"checkpoint_interval": 0, "eval_interval": 0} | changes)
+    process = test_resume.start(script, *harness.flags(args))
     test_resume.wait_for(process, "runs/*/events*")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     folder = test_resume.the_folder()
     step = int(re.search(r"step (\d+); go on with", Path("out.txt").read_text())[1])
-    assert step in (40, 80)
-    test_resume.resume("drq_pixels", folder)
-    test_resume.assert_same_run(folder, DRQ.main(args))
+    assert step in ends
+    test_resume.resume(script, folder)
+    test_resume.assert_same_run(folder, SCRIPTS[script].main(args))
+
+
+# Runs a script whose tasks hardly move any more once there is a file named "wait"
+WAITING = """
+import os, runpy, sys, time
+import gymnasium as gym
+sys.argv, step = sys.argv[1:], gym.wrappers.OrderEnforcing.step
+def waiting(self, action):
+    time.sleep(0.2 * os.path.exists("wait"))
+    return step(self, action)
+gym.wrappers.OrderEnforcing.step = waiting
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_leaves_at_once_and_the_checkpoint_before_it_stays_usable(number, known):
+    args = short_args(NE, **SETTINGS)
+    process = test_resume.start("ne_drq_pixels", *harness.flags(args), code=WAITING)
+    test_resume.wait_for(process, "runs/*/checkpoint.pt")
+    Path("wait").touch()
+    time.sleep(0.5)  # an episode takes minutes now
+    process.send_signal(number)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=30) == -number
+    assert "Traceback" not in Path("err.txt").read_text()
+    folder = test_resume.resume("ne_drq_pixels", test_resume.the_folder())
+    test_resume.assert_same_run(folder, NE.main(args))
+
+
+class CutOff(Exception):
+    """Ends a run."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that was cut off after its checkpoint -> (name of the script, folder that must not be changed)."""
+    place, save_checkpoint = tmp_path_factory.mktemp("interrupted"), NE.save_checkpoint
+
+    def save_and_leave(*given):
+        save_checkpoint(*given)
+        raise CutOff
+
+    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch, pytest.raises(CutOff):
+        draw(patch)
+        patch.setattr(NE, "save_checkpoint", save_and_leave)
+        NE.main(short_args(NE, **SETTINGS))
+    (folder,) = (place / "runs").iterdir()
+    return "ne_drq_pixels", folder
+
+
+@pytest.mark.parametrize("damage", test_resume.REFUSED)
+def test_what_cannot_be_resumed_is_refused_in_one_line_and_left_as_it_is(
+    damage, interrupted, capsys, drawn, known, monkeypatch
+):
+    def another_task(folder):
+        test_resume.edit(folder / "args.json", "cartpole-balance", "reacher-easy")
+
+    monkeypatch.setitem(test_resume.REFUSED, "another task", another_task)
+    test_resume.test_what_cannot_be_resumed_is_refused_in_one_line_and_left_as_it_is(damage, interrupted, capsys)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        test_resume.test_a_run_of_another_script_is_refused,
+        test_resume.test_a_run_of_another_script_is_refused_before_its_first_checkpoint_too,
+        test_resume.test_a_checkpoint_of_another_script_is_refused,
+        test_resume.test_resume_takes_no_other_argument,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_what_holds_for_other_scripts_holds_here(case, interrupted, capsys, drawn, known):
+    case(interrupted, capsys)
+
+
+def test_a_finished_run_says_that_it_is_finished(capsys, drawn, known):
+    folder = train(NE, total_timesteps=62)[0]
+    before = test_resume.contents(folder)
+    assert "finished" in test_resume.refusal("ne_drq_pixels", capsys, resume=str(folder))
+    assert test_resume.contents(folder) == before
+
+
+def test_a_resumed_run_cuts_its_log_and_drops_what_is_left_of_another_checkpoint(interrupted, drawn):
+    folder = Path(shutil.copytree(interrupted[1], "copy"))
+    (log,) = folder.glob("events*")
+    with log.open("ab") as file:
+        file.write(log.read_bytes()[:-7])
+    (folder / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
+    (folder / "buffer-999.bin").write_bytes(b"half of a buffer")
+    assert NE.main(NE.Args(resume=str(folder))) == folder
+    test_resume.assert_same_run(folder, NE.main(short_args(NE, **SETTINGS)))
+    names = {re.sub("events.*", "events", path.name) for path in folder.iterdir()}
+    assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
+
+
+def test_a_resumed_run_goes_on_with_what_review_and_pruning_have_counted(interrupted, drawn, monkeypatch):
+    folder, states = Path(shutil.copytree(interrupted[1], "copy")), []
+    test_resume.edit(folder / "args.json", '"neuron_interval": 40', '"neuron_interval": 1000')  # the gate stays put
+    checkpoint = harness.saved(folder / "checkpoint.pt")
+    assert checkpoint["global_step"] == 40
+    checkpoint["ne"]["gate"] |= {"g": 0.25, "g_max": 0.5, "previous": 3}
+    for number, net in enumerate(HEADS):
+        checkpoint["ne"][net]["pruned"] = 5 + number
+    torch.save(checkpoint | {"reviewed": 1000}, folder / "checkpoint.pt")
+    monkeypatch.setattr(NE, "save_checkpoint", lambda folder, state, rb: states.append(state))
+    NE.main(NE.Args(resume=str(folder)))
+    assert states[0]["global_step"] == 80 and states[0]["ne"]["gate"] == checkpoint["ne"]["gate"]
+    assert 1008 < states[0]["reviewed"] < 1032  # about half of the 40 batches since then
+    assert all(states[0]["ne"][net]["pruned"] >= 5 + number for number, net in enumerate(HEADS))
 
 
 def test_evaluate_plays_the_saved_agent_and_prints_the_same_each_time(drawn, capsys):

@@ -11,7 +11,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, ROOT, SCRIPTS, events, load_script, short_args
+from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, PIXELS, ROOT, SCRIPTS, events, load_script, short_args
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
@@ -37,16 +37,11 @@ def block(marker):
     return blocks[0]
 
 
-def table(heading):
-    """The cells of the first table below a heading of the README, its two top rows aside -> list of lists."""
-    lines = README.split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
-    rows = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-    return rows
+def table(heading, number=0):
+    """The cells of a table below a heading of the README, its two top rows aside -> list of lists."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"(?m)(?:^\|.*\n)+", section)[number].splitlines()
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
 METHODS = table("Methods") + table("A cycle of tasks") + table("From pixels")
@@ -149,20 +144,30 @@ OWNERS = {", sparse networks": SPARSE, ", NE": ("ne_",), ", ReDo": ("redo_",), "
 OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",), ", cycling": tuple(CYCLING)}
 
 
-@pytest.mark.parametrize("script", SCRIPTS | CYCLING)
-def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
-    often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
-    folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
+def logged_tags(folder):
+    """The tags of a run's log, as the README writes them -> set."""
     shortened = {"/(actor|qf1|qf2)(?=/|_recycled)": "/<net>", r"layer\d$": "layer<l>", "critic_parts": "actor_parts"}
     shortened |= {"/Pendulum-v1/": "/<task>/"}
     logged = set(events(folder))
     for pattern, short in shortened.items():
         logged = {re.sub(pattern, short, tag) for tag in logged}
-    logged.discard("hyperparameters/text_summary")
+    return logged - {"hyperparameters/text_summary"}
+
+
+def explained_tags(script):
+    """The tags that the README's tables have for a script -> set."""
     rows = [(tag.strip("`"), when) for tag, _, when in table("What you see")]
     assert len(rows) == len(set(rows))
     owners = {tag: next((own for end, own in OWNERS.items() if when.endswith(end)), ("",)) for tag, when in rows}
-    assert logged == {tag for tag, own in owners.items() if script.startswith(own)}
+    tags = {tag for tag, own in owners.items() if script.startswith(own)}
+    return tags | ({tag.strip("`") for tag, *_ in table("From pixels", 1)} if script in PIXELS else set())
+
+
+@pytest.mark.parametrize("script", SCRIPTS | CYCLING)
+def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
+    often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
+    folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
+    assert logged_tags(folder) == explained_tags(script)
 
 
 def test_what_the_audit_table_names_exists():
