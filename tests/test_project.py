@@ -184,6 +184,8 @@ def test_every_argument_that_the_readme_names_exists():
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])", text)}
     fields = {name for module in MODULES.values() for name in module.Args.__dataclass_fields__}
     known = fields | {f"no_{name}" for name in fields}
+    for path in (ROOT / "benchmark").glob("*.py"):
+        known |= {flag.replace("-", "_") for flag in re.findall(r'add_argument\(\s*"--([\w-]+)"', path.read_text())}
     assert flags - known == {"help"}
 
 
