@@ -9,6 +9,7 @@ tags (charts/episodic_return). Runs of a cycle of tasks are left out.
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -307,7 +308,10 @@ def aggregate(runs):
     for method in methods if tasks else []:
         low, high = np.array([NORMALISATION[task] for task in tasks]).T
         scores[method] = (final_scores(runs, method, tasks) - low) / (high - low)
-        statistics = lambda x: np.array([iqm(x), metrics.aggregate_optimality_gap(x), x.mean()])  # noqa: E731
+
+        def statistics(x):
+            return np.array([iqm(x), metrics.aggregate_optimality_gap(x), x.mean()])
+
         enough = len(scores[method]) >= MIN_SEEDS
         ends = interval(statistics, scores[method]) if enough else np.full((2, 3), np.nan)
         rows.append([method, tasks, len(scores[method]), *statistics(scores[method]), *ends.T.ravel()])
@@ -674,10 +678,20 @@ def draw(folder, of=None):
     return sections
 
 
+def table_of(path):
+    """A CSV file as a Markdown table; its lines that start with # say how it was made."""
+    try:
+        rows = list(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    except OSError as error:
+        fail(f"{path} cannot be read: {error}")
+    return markdown(rows[0], rows[1:])
+
+
 def fill_readme(readme, results):
     """Redraws the results that a README shows and puts their sections between its markers.
 
     <!-- report NAME SECTION --> ... <!-- end report -->: NAME is a folder of `results`.
+    <!-- table NAME --> ... <!-- end table -->: NAME.csv of `results` as it is.
     """
     drawn = {}
 
@@ -697,7 +711,12 @@ def fill_readme(readme, results):
     text, replaced = re.subn(block, section, old, flags=re.MULTILINE | re.DOTALL)
     if replaced != len(re.findall(start, old, flags=re.MULTILINE)):
         fail(f"{readme.name} has a <!-- report ... --> without its <!-- end report -->")
-    readme.write_text(text)
+
+    def table(found):
+        return f"{found['start']}\n{table_of(results / (found['name'] + '.csv'))}{found['end']}"
+
+    start = r"(?P<start><!-- table (?P<name>\S+) -->)"
+    readme.write_text(re.sub(rf"{start}\n.*?(?P<end><!-- end table -->)", table, text, flags=re.DOTALL))
 
 
 def main(words=None):

@@ -20,15 +20,19 @@ timed steps, so what they cost is not in the numbers unless that interval is mad
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
 import platform
+import re
 import resource
+import shlex
 import sys
 import tempfile
 import time
 import warnings
+from csv import writer
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +283,31 @@ def measure(names, env_id, threads, rounds, chunk, warm_up, settings=None):
     return {name: np.array(times) for name, times in seconds.items()}, ends
 
 
+def show(*cells, csv=None):
+    """Prints a row of a table, the first one as its head, and writes it to the CSV file."""
+    cells = [str(cell) for cell in cells]
+    print("|", " | ".join(cells), "|" + ("\n" + "|---" * len(cells) + "|") * (not show.rows), flush=True)
+    show.rows.append(cells)
+    if csv:
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
+        versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+        with open(csv, "w", newline="") as file:
+            command = shlex.join(["python", os.path.relpath(__file__, ROOT), *sys.argv[1:]])
+            file.write(f"# {command}\n# {machine()}, {versions}\n")
+            writer(file, lineterminator="\n").writerows(show.rows)
+
+
+show.rows = []
+
+
+def machine():
+    """Processor, cores and Python -> str."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
 def spread(ratios):
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
@@ -315,15 +344,14 @@ def time_switches(env_ids, threads, folder, visit=1500):
 
 def print_cycle(args):
     """The table of --cycle."""
-    print("| task | threads | alone, steps/s | in the cycle, steps/s | in the cycle over alone |")
-    print("|---|---|---|---|---|")
+    show("task", "threads", "alone, steps/s", "in the cycle, steps/s", "in the cycle over alone")
     cycle = "cycle " + " ".join(args.env_ids)
     for env_id in args.env_ids:
         for threads in args.threads:
             seconds, _ = measure(["NE-TD3", cycle], env_id, threads, args.rounds, args.chunk, args.warm_up)
             alone, padded = seconds["NE-TD3"], seconds[cycle]
-            rates = f"{np.median(1 / alone):.0f} | {np.median(1 / padded):.0f}"
-            print(f"| {env_id} | {threads} | {rates} | {spread(alone / padded)} |", flush=True)
+            rates = f"{np.median(1 / alone):.0f}", f"{np.median(1 / padded):.0f}"
+            show(env_id, threads, *rates, spread(alone / padded), csv=args.csv)
     with tempfile.TemporaryDirectory() as folder:
         times = time_switches(args.env_ids, args.threads[0], folder)
     print(f"\nA step that starts a visit: {np.median(times) * 1e3:.1f} ms, at most {max(times) * 1e3:.1f} ms")
@@ -340,8 +368,7 @@ def print_pixels(args):
     print("on", torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU", "\n")
     shares = ["render", "update", "acting", "storing"]
     columns = ["task", "threads", "method", "frames/s", "over DrQ", *shares, "encode (part of update)"]
-    print("|", " | ".join([*columns, "memory, MB", "on the GPU, MB"]), "|")
-    print("|---" * (len(columns) + 2) + "|")
+    show(*columns, "memory, MB", "on the GPU, MB")
     for env_id in args.env_ids:
         for threads in args.threads:
             names = [*PIXELS, "convolutions"]
@@ -352,7 +379,7 @@ def print_pixels(args):
                 cells += [spread(seconds["DrQ"] / own)]
                 cells += [f"{parts[part] / sum(parts.values()):.2f}" for part in shares]
                 cells += [spread(seconds["convolutions"] / own), f"{memory / 1e6:.0f}", f"{on_gpu / 1e6:.0f}"]
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
+                show(*cells, csv=args.csv)
     print("\nFrames are the task's: agent steps times action repeat. For orientation, DrQ-v2's published figure is")
     print("64 to 120 frames/s, training on one GPU.")
 
@@ -368,6 +395,7 @@ def main():
     parser.add_argument(
         "--pixels", action="store_true", help="measure the scripts that learn from pixels, as set below"
     )
+    parser.add_argument("--csv", metavar="FILE", help="write the table to a CSV file, with command, machine, versions")
     parser.add_argument("--image-size", type=int, default=84)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--hidden-dim", type=int, default=1024)
@@ -379,14 +407,13 @@ def main():
     args.env_ids = args.env_ids or ["dm_control/walker-walk-v0" if args.pixels else "HalfCheetah-v4"]
     args.chunk = args.chunk or (20 if args.pixels else 250)
     args.warm_up = args.warm_up or (PIXELS_LEARNING_STARTS + 5 if args.pixels else LEARNING_STARTS + 500)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(machine())
     print("Medians over rounds, quartiles in parentheses.\n")
     if args.cycle:
         return print_cycle(args)
     if args.pixels:
         return print_pixels(args)
-    print("| task | threads | method | steps/s | over SB3's TD3 | over our TD3 | share of the limit | memory, MB |")
-    print("|---|---|---|---|---|---|---|---|")
+    show("task", "threads", "method", "steps/s", "over SB3's TD3", "over our TD3", "share of the limit", "memory, MB")
     for env_id in args.env_ids:
         for threads in args.threads:
             names = [*SCRIPTS, "SB3 TD3", "products"]
@@ -395,11 +422,9 @@ def main():
                 own = seconds[name]
                 columns = [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]
                 rate = f"{np.median(1 / own):.0f}"
-                print(
-                    f"| {env_id} | {threads} | {name} | {rate} |", " | ".join(columns), f"| {ends[name][0] / 1e6:.0f} |"
-                )
+                show(env_id, threads, name, rate, *columns, f"{ends[name][0] / 1e6:.0f}", csv=args.csv)
             rate = f"{np.median(1 / seconds['products']):.0f}"
-            print(f"| {env_id} | {threads} | matrix products alone | {rate} | | | 1 | |", flush=True)
+            show(env_id, threads, "matrix products alone", rate, "", "", "1", "", csv=args.csv)
 
 
 if __name__ == "__main__":

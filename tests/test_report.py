@@ -465,9 +465,19 @@ def test_the_readmes_sections_are_replaced_by_those_of_the_published_csv_files(t
     assert readme.read_bytes() == before
 
 
+def test_a_csv_file_that_the_readme_names_stands_there_as_a_table(tmp_path):
+    (tmp_path / "speed.csv").write_text('# the command\n# the machine\ntask,"steps/s, median"\nHopper-v4,10\n"a, b",\n')
+    readme = tmp_path / "README.md"
+    readme.write_text("Before.\n<!-- table speed -->\nold\n<!-- end table -->\nAfter.\n")
+    report.fill_readme(readme, tmp_path)
+    table = "| task | steps/s, median |\n|---|---|\n| Hopper-v4 | 10 |\n| a, b |  |\n"
+    assert readme.read_text() == f"Before.\n<!-- table speed -->\n{table}<!-- end table -->\nAfter.\n"
+
+
 @pytest.mark.parametrize(
     "text, line",
     [
+        ("<!-- table nothing -->\nold\n<!-- end table -->", "nothing.csv cannot be read"),
         ("<!-- report nothing returns -->\nold\n<!-- end report -->", "no folder"),
         ("<!-- report first gains -->\nold\n<!-- end report -->", "there is returns, aggregate, improvement"),
         ("<!-- report first returns -->\nold\n", "without its <!-- end report -->"),
