@@ -629,7 +629,10 @@ def draw_sensitivity(found, file, checksum):
         if base in values:
             panel.axvline(values.index(base), color="0.5", linestyle=":", label="base value")
         panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        panel.set(xlabel=name, ylabel=f"final return ({group['returns'].iloc[0]})", xlim=(-0.5, len(values) - 0.5))
+        returns = pd.concat([other["final_return"] for of_task, *_, other in found if of_task == task])
+        margin = 0.05 * np.ptp(returns) or 1
+        panel.set(xlim=(-0.5, len(values) - 0.5), ylim=(returns.min() - margin, returns.max() + margin))
+        panel.set(xlabel=name, ylabel=f"final return ({group['returns'].iloc[0]})")
         text = f"{plural(group['steps'], 'step')}, {plural(group.groupby('value').size(), 'seed')}"
         panel.set_title(f"{task}, {script}\n{text}", fontsize="medium")
     finish(figure, panels, file, checksum, "one argument varied, all others at their base value", legend=True)
