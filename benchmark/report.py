@@ -118,6 +118,7 @@ def read_run(folder):
     job = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.items()}
     return {
         **{"folder": folder, "own": bool(args), "script": name[2], "time": int(name[4])},
+        **{"total": args.get("total_timesteps", 0)},
         **{"task": args.get("env_id", name[1]), "seed": int(args.get("seed", name[3])), "steps": steps},
         **{"wall_clock_s": wall_clock, "steps_per_s": covered / wall_clock if wall_clock else math.nan},
         **{key: job.get(key, "") for key in JOB},
@@ -134,12 +135,16 @@ def most_common(values):
 
 
 def finished(runs):
-    """The runs that reached the most common last step of their task; says which did not."""
-    kept = []
-    for task in sorted({run["task"] for run in runs}):
-        of_task = [run for run in runs if run["task"] == task]
-        steps = pd.Series([run["steps"] for run in of_task])
-        last = steps.mode().max()
+    """The runs that have ended and reached the most common last step of their task; says which have not."""
+    ended, kept = [], []
+    for run in runs:
+        if run["own"] and not (run["folder"] / "model.pt").exists() and run["steps"] < run["total"]:
+            say(f"left out {run['folder']}: at step {run['steps']} of {run['total']}; --unfinished takes it in")
+        else:
+            ended.append(run)
+    for task in sorted({run["task"] for run in ended}):
+        of_task = [run for run in ended if run["task"] == task]
+        last = pd.Series([run["steps"] for run in of_task]).mode().max()
         for run in of_task:
             # another project's last log may be that of its last episode, up to a hundredth short of the last step
             if run["steps"] >= (last if run["own"] else 0.99 * last):
@@ -329,8 +334,13 @@ def improvements(runs, method):
             continue
         x, y = final_scores(runs, method, tasks), final_scores(runs, other, tasks)
         enough = min(len(x), len(y)) >= MIN_SEEDS
-        low, high = interval(lambda *s: np.array([improvement(*s)]), x, y)[:, 0] if enough else (np.nan, np.nan)
-        rows.append([other, tasks, len(x), len(y), improvement(x, y), low, high])
+        if enough:
+            low, high = interval(lambda *s: np.array([improvement(*s)]), x, y)[:, 0]
+            rows.append([other, tasks, len(x), len(y), improvement(x, y), low, high])
+        else:  # without an interval, which takes as many seeds on each task, all runs count
+            each = [[final_scores(runs, name, [task]) for name in (method, other)] for task in tasks]
+            counts = [" + ".join(str(len(pair[k])) for pair in each) for k in (0, 1)]
+            rows.append([other, tasks, *counts, np.mean([improvement(*pair) for pair in each]), np.nan, np.nan])
     return pd.DataFrame(rows, columns=["method", "tasks", "n", "m", "probability", "low", "high"])
 
 
@@ -428,14 +438,16 @@ def improvement_section(table, method):
         return "There is only one method, so no probability of improvement.\n"
     text = (
         f"Probability that a run of `{method}` ends above a run of the other method, mean over the tasks that both "
-        "have; ties count half. Of each method the first seeds count, as many as it has on each of these tasks.\n"
+        "have; ties count half. Seeds: on each of these tasks. Where there is an interval, the first "
+        "seeds count, as many as a method has on all of them.\n"
     )
     rows = []
     for row in table.itertuples():
-        seeds = f"{row.n}, {row.m}"
-        few = between(row.low, row.high, min(row.n, row.m))
-        rows.append([f"`{row.method}`", ", ".join(row.tasks), seeds, f"{row.probability:.2f}", few])
-    return "\n".join([text, markdown(["over", "tasks", "seeds a task", "probability", "95 % interval"], rows)])
+        few = "too few seeds" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
+        rows.append([f"`{row.method}`", ", ".join(row.tasks), row.n, row.m, f"{row.probability:.2f}", few])
+    return "\n".join(
+        [text, markdown(["over", "tasks", "its seeds", "the other's", "probability", "95 % interval"], rows)]
+    )
 
 
 def tables(folder, of=None):
@@ -590,7 +602,8 @@ def draw_neurons(runs, curves, file, checksum):
             for method, style in styles(methods).items():
                 seeds = over_steps(curves, task, method, tag).dropna()
                 if len(seeds):
-                    panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=1.8, label=method)
+                    dot = "." if len(seeds) == 1 else None
+                    panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=1.8, marker=dot, label=method)
             panel.set(title=task, ylabel=label, ylim=(0, 1.03 if tag == "density" else None))
             steps_axis(panel)
     title = (

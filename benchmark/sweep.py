@@ -353,7 +353,8 @@ def main():
     print(count(jobs, states))
     for folder, line in failures.items():
         print(f"failed: {folder}/log.txt: {line}")
-    print(f"next: python benchmark/report.py {args.runs}")
+    if "finished" in states.values():
+        print(f"next: python benchmark/report.py {args.runs}")
     sys.exit(1 if failures else 0)
 
 
