@@ -110,7 +110,10 @@ def test_a_table_gives_each_seed_and_from_five_seeds_on_the_iqm_with_an_interval
 
 def test_bootstrap_intervals_are_the_same_each_time_and_those_of_a_plain_bootstrap():
     scores = np.random.default_rng(2).normal(size=(6, 2))
-    mean = lambda x: np.array([x.mean()])  # noqa: E731
+
+    def mean(x):
+        return np.array([x.mean()])
+
     ends = report.interval(mean, scores, reps=4000)[:, 0]
     np.testing.assert_array_equal(ends, report.interval(mean, scores, reps=4000)[:, 0])
     drawn = np.random.default_rng(3).integers(0, 6, (4000, 6, 2))  # each task's seeds apart
