@@ -213,6 +213,14 @@ def test_a_run_that_fails_is_reported_and_not_tried_again_while_one_that_is_kill
     assert_undisturbed("td3_continuous")
 
 
+def test_a_run_dies_with_the_worker_that_started_it_and_goes_on_with_another():
+    process = start(scripts=["td3_continuous"])
+    until(lambda: checkpoints() == 1, process)
+    training()[0].parent().kill()
+    assert process.wait(300) == 0 and starts() == {"td3_continuous": 2}  # an orphan would have finished alone
+    assert_undisturbed("td3_continuous")
+
+
 def test_an_interrupted_sweep_has_its_runs_write_checkpoints():
     process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0"])
     until(lambda: list(Path("runs").glob("*/runs/*/events*")), process)
