@@ -26,6 +26,7 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -341,10 +342,20 @@ def main():
     os.environ.setdefault("RAY_worker_niceness", "0")  # as fast as a run that is started by hand
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     signal.signal(signal.SIGTERM, interrupt)
+    if args.address not in (None, "auto"):  # Ray itself would try for a quarter of an hour
+        host, _, port = args.address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, ValueError, OverflowError):
+            fail(f"--address {args.address}: nothing answers there; give what `ray start` printed, or auto")
     try:
         ray.init(address=args.address or "local", log_to_driver=False, logging_level="error")
     except Exception as error:
-        fail(f"--address {args.address}: no Ray cluster there ({' '.join(str(error).split())[:200]})")
+        reason = " ".join(str(error).split())[:200]
+        if args.address is None:
+            fail(f"Ray does not start: {reason}")
+        token = "" if "RAY_AUTH_MODE" in os.environ else ", or it asks for a token: then set RAY_AUTH_MODE=token"
+        fail(f"--address {args.address}: no Ray cluster there ({reason}){token}")
     for name, needed in (("CPU", args.cpus_per_run), ("GPU", args.gpus_per_run)):
         largest = max(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
         if needed > largest:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,9 @@ def test_a_runs_folder_depends_on_its_own_arguments_alone():
         (["--grid", "gamma", "1", "--", "--gamma", "1"], "stands after -- and in --grid"),
         (["--", "--gama", "1"], "--gama: none of the scripts has this argument"),
         (["--", "--resume", "runs/x"], "--resume: is set by the sweep"),
+        (["--address", "nowhere"], "--address nowhere: nothing answers there"),
+        (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: nothing answers there"),
+        (["--address", "127.0.0.1:99999"], "--address 127.0.0.1:99999: nothing answers there"),
         (["--", "gamma"], "gamma: arguments of the scripts, after --, start with --name"),
     ],
 )
@@ -105,6 +109,24 @@ def test_bad_input_is_refused_in_one_line(words, message, monkeypatch, capsys):
         sweep.main()
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_cluster_that_does_not_let_the_sweep_in_is_told_with_the_tokens_variable(monkeypatch, capsys):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect\nto Ray cluster")
+
+    monkeypatch.setattr(sweep.ray, "init", refuse)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        words = ["sweep.py", "--scripts", str(NE), "--env-ids", "Hopper-v4", "--address", address]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            sweep.main()
+    line = (
+        f"error: --address {address}: no Ray cluster there (Failed to connect to Ray cluster), or it asks for a token"
+    )
+    assert end.value.code == 2 and capsys.readouterr().err == f"{line}: then set RAY_AUTH_MODE=token\n"
 
 
 # ===== Deaths and interruptions =====
