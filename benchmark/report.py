@@ -55,15 +55,24 @@ SOURCE = (
 NOT_THE_METHOD = re.compile(
     "seed|env_id|track|wandb.*|cuda|torch_threads|capture_video|resume|evaluate|checkpoint_interval|eval_.*"
 )
-TAGS = re.compile(r"(charts|eval)/episodic_return|neurons/\w+/(dormant_ratio_0\.1|density)")
+TAGS = re.compile(r"(charts|eval)/episodic_return|neurons/\w+/(dormant_ratio_0\.1|density)|ne/.*")
 # Short name: the tags whose mean over the networks it is
 NEURONS = {
     "dormant_actor": r"neurons/actor/dormant_ratio_0\.1",
     "dormant_qf": r"neurons/qf[12]/dormant_ratio_0\.1",
     "density": r"neurons/(actor|qf[12])/density",
 }
+# What the events of a run of NE did: the tags, and what a run's number is made of
+EVENTS = {
+    "grown": (r"ne/\w+/grown", "sum"),
+    "pruned": (r"ne/\w+/pruned", "sum"),
+    "change_by_growth": (r"ne/\w+/output_change_growth", "max"),
+    "change_by_pruning": (r"ne/\w+/output_change_pruning", "max"),
+    "review_share": (r"ne/review_share", "mean"),
+}
 JOB = ["command", "versions", "machine", "commit"]
 RUN_COLUMNS = ["task", "method", "seed", "steps", "final_return", "returns", "wall_clock_s", "steps_per_s", "settings"]
+RUN_COLUMNS += ["events", *EVENTS]
 CURVE_COLUMNS = ["task", "method", "seed", "tag", "step", "value"]
 PICTURES = ["learning_curves.png", "aggregate.png", "improvement.png", "neurons.png", "sensitivity.png"]
 
@@ -132,6 +141,16 @@ def most_common(values):
     counts = pd.Series(list(map(json.dumps, values))).value_counts().sort_index(ascending=False)
     best = counts[counts == counts.max()].index
     return json.loads(best[0]), len(best) == 1
+
+
+def events_of(logs):
+    """What NE's events did in a run -> {column: number}; the number of events is that of the steps with one."""
+    of_tags = {short: logs[logs["tag"].str.fullmatch(tags)] for short, (tags, _) in EVENTS.items()}
+    numbers = {
+        short: of_tags[short]["value"].agg(how) if len(of_tags[short]) else math.nan
+        for short, (_, how) in EVENTS.items()
+    }
+    return {"events": of_tags["grown"]["step"].nunique()} | numbers
 
 
 def finished(runs):
@@ -226,7 +245,7 @@ def collect(folder, out, unfinished=False):
                 continue
             run["final_return"] = of_run["return"]["value"].iloc[-1]
             run["settings"] = json.dumps(run["settings"])
-            kept.append(run)
+            kept.append(run | events_of(run["logs"]))
             for short, curve in of_run.items():
                 curves.append(curve.assign(task=task, method=run["method"], seed=run["seed"], tag=short))
     if not kept:
@@ -407,6 +426,28 @@ def returns_section(runs, curves):
     return "\n".join(parts)
 
 
+def events_section(runs):
+    """Markdown: what NE's events did, a row a task and method; empty where no run has any."""
+    rows = []
+    for task, of_task in runs[runs["events"] > 0].groupby("task"):
+        for method in methods_of(of_task):
+            of_method = of_task[of_task["method"] == method]
+            whole = [range_text(of_method[name].astype(int)) for name in ("events", "grown", "pruned")]
+            changes = [f"{of_method[name].max():.2g}" for name in ("change_by_growth", "change_by_pruning")]
+            shares = 100 * of_method["review_share"].dropna()
+            share = f"{shares.min():.0f} to {shares.max():.0f} %" if len(shares) else "-"
+            rows.append([f"`{method}`", task, len(of_method), *whole, *changes, share])
+    if not rows:
+        return ""
+    head = ["method", "task", "seeds", "events", "grown", "pruned", "change by growth", "by pruning", "reviewed"]
+    text = (
+        "Events of a run, connections that they added and took in all its networks together (least to most over the "
+        "seeds), the largest change of an output by growth and by pruning at any event of any seed, on a batch apart "
+        "from the scoring batch, and the share of the batches that reviewed early experience.\n"
+    )
+    return "\n".join([text, markdown(head, rows)])
+
+
 def aggregate_section(table, left_out):
     lines = [f"Left out: {', '.join(f'{task} ({reason})' for task, reason in left_out.items())}.\n"] if left_out else []
     if table.empty:
@@ -468,6 +509,7 @@ def compute(runs, curves, of=None):
         "returns": returns_section(runs, curves),
         "aggregate": aggregate_section(scores, left_out),
         "improvement": improvement_section(over, of),
+        "events": events_section(runs),
     }
     if not scores.empty and (note := seeds_note(runs, scores["tasks"][0])):
         sections["aggregate"] += "\n" + note
@@ -685,8 +727,9 @@ def draw(folder, of=None):
         ("returns", "Returns"),
         ("aggregate", "Aggregate over the tasks"),
         ("improvement", "Probability of improvement"),
+        ("events", "What the events of NE did"),
     ):
-        parts += [f"## {heading}\n", sections[name]]
+        parts += [f"## {heading}\n", sections[name]] if sections[name] else []
     parts.append("## Pictures\n")
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in PICTURES if name not in missing]
     parts += [f"Without `{name}`: {reason}.\n" for name, reason in missing.items()]

@@ -253,6 +253,40 @@ def test_the_table_has_the_mean_of_the_last_look_at_the_neurons_and_the_median_s
         assert row[8:] == ["150", "15"]
 
 
+def test_what_the_events_did_is_counted_over_networks_and_events_and_stands_for_ne_alone(tmp_path):
+    random = np.random.default_rng(0)
+    expected = {}
+    for seed in (1, 2):
+        logs = {"eval/episodic_return": [(1000, 5.0)]}
+        for net in ("actor", "qf1", "qf2"):
+            for what in ("grown", "pruned"):
+                values = random.integers(0, 50, 4)
+                expected[seed, what] = expected.get((seed, what), 0) + values.sum()
+                logs[f"ne/{net}/{what}"] = list(zip((100, 200, 300, 400), map(float, values), strict=True))
+            values = random.random(4)
+            expected[seed, "change"] = max(expected.get((seed, "change"), 0), *values)
+            logs[f"ne/{net}/output_change_pruning"] = list(zip((100, 200, 300, 400), values, strict=True))
+            logs[f"ne/{net}/output_change_growth"] = [(step, 0.0) for step in (100, 200, 300, 400)]
+        logs["ne/review_share"] = [(100, 0.0), (300, 0.1), (500, 0.2 * seed)]
+        logs["ne/review_threshold"] = [(100, 77.0)]
+        write_run(tmp_path, CHEETAH, NE, seed, 0, logs=logs)
+        write_run(tmp_path, CHEETAH, TD3, seed, 0)
+    runs, _ = read(tmp_path)
+    for run in runs[runs["method"] == NE].itertuples():
+        assert (run.events, run.grown, run.pruned) == (4, expected[run.seed, "grown"], expected[run.seed, "pruned"])
+        assert run.change_by_pruning == pytest.approx(expected[run.seed, "change"]) and run.change_by_growth == 0
+        assert run.review_share == pytest.approx((0.1 + 0.2 * run.seed) / 3)
+    assert runs[runs["method"] == TD3][["grown", "pruned", "review_share"]].isna().all(axis=None)
+    section = report.events_section(runs)
+    (row,) = rows(section, f"`{NE}`")
+    ends = {what: sorted(expected[seed, what] for seed in (1, 2)) for what in ("grown", "pruned")}
+    assert row[1:6] == [CHEETAH, "2", "4", *(f"{low} to {high}" for low, high in ends.values())]
+    assert row[6:] == ["0", f"{max(expected[seed, 'change'] for seed in (1, 2)):.2g}", "10 to 17 %"]
+    runs["review_share"] = np.nan  # as with --no-review
+    assert rows(report.events_section(runs), f"`{NE}`")[0][8] == "-"
+    assert not rows(section, f"`{TD3}`") and report.events_section(runs[runs["method"] == TD3]) == ""
+
+
 def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_common_ones(tmp_path):
     for seed in (1, 2, 3):
         write_run(tmp_path, CHEETAH, NE, seed, 1.0, eval_episodes=seed, cuda=seed > 1, torch_threads=seed)
