@@ -17,6 +17,7 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -522,7 +523,7 @@ def compute(runs, curves, of=None):
 def styles(methods):
     """Colours (Petroff's ten, made for the colour-blind) and lines of the methods -> {method: keyword arguments}."""
     colors, lines = matplotlib.color_sequences["petroff10"], ["-", "--", ":", "-."]
-    return {m: {"color": colors[i % 10], "linestyle": lines[i // 10 % 4]} for i, m in enumerate(methods)}
+    return {m: {"color": colors[i % 10], "linestyle": lines[i // 5 % 4]} for i, m in enumerate(methods)}
 
 
 def grid(number, columns, width=4.2, height=3.2):
@@ -541,11 +542,12 @@ def finish(figure, panels, file, checksum, title, legend=False):
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize="medium")
+    across = int(figure.get_figwidth() * 13)  # characters
+    figure.suptitle("\n".join(textwrap.fill(line, across) for line in title.splitlines()), fontsize="medium")
     if legend:
         labelled = [panel.get_legend_handles_labels() for panel in panels]
         entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
-        columns = max(1, int(figure.get_figwidth() * 13 // (8 + max(map(len, entries)))))
+        columns = max(1, across // (8 + max(map(len, entries))))
         figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(entries) / columns) - 1))
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(drawn := io.BytesIO(), dpi=100)
@@ -569,7 +571,7 @@ def steps_axis(panel):
 def draw_curves(runs, curves, file, checksum):
     methods, tasks = methods_of(runs), sorted(runs["task"].unique())
     counts = runs.groupby(["method", "task"]).size()
-    figure, panels = grid(len(tasks), 3)
+    figure, panels = grid(len(tasks), 3, width=8 if len(tasks) == 1 else 4.2)
     for task, panel in zip(tasks, panels, strict=True):
         for method, style in styles(methods).items():
             seeds = over_steps(curves, task, method, "return")

@@ -311,6 +311,22 @@ def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_comm
     assert settings[HOPPER, NE, 1] == {}
 
 
+def test_no_two_of_twenty_methods_are_drawn_alike_and_titles_fit_into_their_pictures(tmp_path, monkeypatch):
+    styles = report.styles([str(number) for number in range(20)]).values()
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    for script, seeds in ((NE, 5), (TD3, 1)):  # so that the titles explain bands and thin lines
+        for seed in range(1, seeds + 1):
+            write_run(tmp_path, CHEETAH, script, seed, 1000.0 * seed)
+    read(tmp_path)
+    report.draw(tmp_path / "report")
+    assert len(drawn) == 3  # curves, aggregate, improvement
+    for figure in drawn:
+        title = figure._suptitle.get_window_extent()
+        assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+
+
 def test_methods_stand_in_order_ne_first_then_td3_and_settings_by_their_size():
     order = [NE, f"{NE} omega=0.5", f"{NE} omega=10", TD3, f"{TD3} grow=False", "redo_td3_continuous", "zzz"]
     assert report.methods_of(pd.DataFrame({"method": order[::-1] + order})) == order
