@@ -132,7 +132,7 @@ class Args:
     # --- Reset: arguments ---
     # ===== Reset =====
     reset_interval: int = 100_000
-    """agent steps between two resets; 0: none"""
+    """agent steps between two resets, the last one at least as many before the end; 0: none"""
     reset_last_layers: int = 3
     """layers of each head that are reset, counted from the last; 3: all of them"""
     # --- end Reset ---

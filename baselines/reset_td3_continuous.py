@@ -117,7 +117,7 @@ class Args:
     # --- Reset: arguments ---
     # ===== Reset =====
     reset_interval: int = 200_000
-    """environment steps between two resets; 0: none"""
+    """environment steps between two resets, the last one at least as many before the end; 0: none"""
     reset_last_layers: int = 3
     """layers of each network that are reset, counted from the last; 3: all of them"""
     # --- end Reset ---

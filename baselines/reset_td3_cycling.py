@@ -125,7 +125,7 @@ class Args:
     # --- Reset: arguments ---
     # ===== Reset =====
     reset_interval: int = 200_000
-    """environment steps between two resets, over the whole run; 0: none"""
+    """environment steps of the whole run between two resets, the last one at least as many before the end; 0: none"""
     reset_at_switch: bool = False
     """reset at each switch to another task too"""
     reset_last_layers: int = 3

@@ -420,7 +420,7 @@ def returns_section(runs, curves):
     parts += [
         f"IQM: mean of the middle half of the seeds, with a 95 % stratified bootstrap interval (percentile, {REPS:_} "
         f"resamples; rliable), from {MIN_SEEDS} seeds on. Dormant: share of the hidden neurons with a dormant score of "
-        "at most 0.1, at the end, mean over the seeds. Density: active / all connections at the end, mean over actor "
+        "at most 0.1, at the last look, mean over the seeds. Density: active / all connections then, mean over actor "
         "and critics and over the seeds; `-`: not logged. Steps per second and minutes of wall-clock time, evaluations "
         "included: medians.\n"
     ]
@@ -435,8 +435,8 @@ def events_section(runs):
             of_method = of_task[of_task["method"] == method]
             whole = [range_text(of_method[name].astype(int)) for name in ("events", "grown", "pruned")]
             changes = [f"{of_method[name].max():.2g}" for name in ("change_by_growth", "change_by_pruning")]
-            shares = 100 * of_method["review_share"].dropna()
-            share = f"{shares.min():.0f} to {shares.max():.0f} %" if len(shares) else "-"
+            shares = {round(100 * share) for share in of_method["review_share"].dropna()}
+            share = f"{range_text(shares)} %" if shares else "-"
             rows.append([f"`{method}`", task, len(of_method), *whole, *changes, share])
     if not rows:
         return ""
@@ -592,6 +592,7 @@ def draw_curves(runs, curves, file, checksum):
         panel.set(title=task, ylabel=f"return ({kind})")
         steps_axis(panel)
     few = "mean over the seeds, each seed thin" if counts.min() < MIN_SEEDS else ""
+    few = "one seed" if counts.max() == 1 else few
     many = "IQM over the seeds, 95 % bootstrap band" if counts.max() >= MIN_SEEDS else ""
     either = f"{many}; with fewer than {MIN_SEEDS} seeds: {few}" if few and many else few or many
     finish(figure, panels, file, checksum, either, legend=True)

@@ -291,7 +291,8 @@ def sweep(jobs, args):
                     if code:
                         failures[job["folder"]] = line
                     if not live:
-                        print(f"{states[job['folder']]}: {Path(job['folder']).name}", line if code else "", flush=True)
+                        said = f"{states[job['folder']]}: {Path(job['folder']).name}"
+                        print(f"{said} {line}" if code else said, flush=True)
                 if live:
                     live.update(live_table(jobs, states))
                 elif time.monotonic() - shown > 60:
