@@ -244,7 +244,8 @@ def test_a_run_dies_with_the_worker_that_started_it_and_goes_on_with_another():
 
 
 def test_an_interrupted_sweep_has_its_runs_write_checkpoints():
-    process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0"])
+    long = ["--total-timesteps", "1000000"]  # not finished before the signal, however fast the machine
+    process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0", *long])
     until(lambda: list(Path("runs").glob("*/runs/*/events*")), process)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
