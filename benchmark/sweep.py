@@ -281,6 +281,8 @@ def sweep(jobs, args):
         with live or contextlib.nullcontext():
             while refs:
                 done, _ = ray.wait(list(refs), timeout=1)
+                if stopping:
+                    raise KeyboardInterrupt
                 for ref in done:
                     job = refs.pop(ref)
                     try:
@@ -310,7 +312,11 @@ def sweep(jobs, args):
     return states, failures
 
 
+stopping = []  # signals that came: an exception alone may be lost in Ray's callbacks
+
+
 def interrupt(number, frame):
+    stopping.append(number)
     raise KeyboardInterrupt
 
 
@@ -361,6 +367,7 @@ def main():
         largest = max(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
         if needed > largest:
             fail(f"--{name.lower()}s-per-run {needed:g}: no machine has more than {largest:g}")
+    signal.signal(signal.SIGINT, interrupt)
     states, failures = sweep(jobs, args)
     print(count(jobs, states))
     for folder, line in failures.items():
