@@ -167,7 +167,13 @@ def until_free(lock, seconds=60):
 
 
 def is_finished(folder):
-    return any(Path(folder).glob("runs/*/model.pt"))
+    """Whether a run in a job's folder has kept its last step's weights."""
+    for path in Path(folder).glob("runs/*/args.json"):
+        args = json.loads(path.read_text())
+        steps = args.get("total_timesteps") or len(args["env_ids"]) * args["cycles"] * args["task_steps"]
+        if (path.parent / "models" / f"{steps}.pt").exists():
+            return True
+    return False
 
 
 def run(job, gpus):
@@ -179,7 +185,7 @@ def run(job, gpus):
             return 2, "another process is at this run; stop the other sweep first"
         if is_finished(folder):
             return 0, ""
-        begun = sorted(folder.glob("runs/*/args.json"), key=os.path.getmtime)
+        begun = sorted(folder.glob("runs/*/checkpoint.pt"), key=os.path.getmtime)
         words = ["--resume", str(begun[-1].parent.relative_to(folder))] if begun else job["words"]
         (folder / "job.tmp").write_text(json.dumps(provenance(job), indent=2) + "\n")
         os.replace(folder / "job.tmp", folder / "job.json")

@@ -116,22 +116,22 @@ def run(script, *words, **options):
 
 
 def events(folder):
-    """All scalars in a run's event files -> {tag: [(step, value), ...] in the order in which they were logged}."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    """A run's log without what was logged after a checkpoint that it went on from -> {tag: [(step, value), ...]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    scalars = {}
-    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "scalars":
-                    number = value.tensor.float_val[0] if value.tensor.float_val else value.simple_value
-                    scalars.setdefault(value.tag, []).append((event.step, number))
-    return scalars
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    log.Reload()
+    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 def saved(path):
-    """A checkpoint or model file -> its contents."""
+    """A file of tensors that a script wrote -> its contents."""
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def weights(folder):
+    """The last weights that a run has kept -> {network's name: state dict}."""
+    return saved(max((Path(folder) / "models").glob("*.pt"), key=lambda path: int(path.stem)))
 
 
 def same(a, b):

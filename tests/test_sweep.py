@@ -1,6 +1,7 @@
 """benchmark/sweep.py: which runs it makes of its arguments, and that neither deaths nor interruptions change them."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -137,8 +138,11 @@ def start(*options, scripts=("td3_continuous", "ne_td3_continuous"), more=()):
     words = [word for word in harness.flags(SHORT[scripts[-1]]) if word not in ("--env-id", "Pendulum-v1")]
     paths = [str(harness.PATHS[script]) for script in scripts]
     command = [sys.executable, str(SWEEP), "--scripts", *paths, "--env-ids", "Pendulum-v1", *options]
-    with open("out.txt", "a") as out:
-        return subprocess.Popen([*command, "--", *words, *more], stdout=out, stderr=out)
+    with open(
+        "out.txt", "a"
+    ) as out:  # Ctrl-C as in a terminal: a shell's background jobs, and what they start, ignore it
+        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen([*command, "--", *words, *more], stdout=out, stderr=out, preexec_fn=default)
 
 
 def until(condition, process=None, seconds=300):
