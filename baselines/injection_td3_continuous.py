@@ -1,50 +1,32 @@
 """Plasticity Injection (Nikishin, Oh, Ostrovski et al.; NeurIPS 2023; arXiv 2305.15555) on TD3, in one file.
 
-At `injection_step` a network h becomes h + h1 - h2: h and h2 are frozen, h1 learns, and h1 = h2 at first, so that
-the output stays as it is.
+At `injection_step` a network h becomes h + h1 - h2: h and h2 are frozen, h1 learns, and h1 = h2 at first, so that the
+output stays as it is.
 
     python baselines/injection_td3_continuous.py --env-id HalfCheetah-v4
 
-The lines between `# --- Injection: ... ---` and `# --- end Injection ---`, and `+ frozen_sum(...)`, are the
-method's own; without them the file is td3_continuous.py.
+Without its fenced lines and `+ frozen_sum(...)` it is td3_continuous.py. (Section n): docs/algorithm.md.
 """
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "gymnasium[classic-control]==1.4.0",
-#     "mujoco==3.17.0",
-#     "dm_control==1.0.50; python_version < '3.13'",
-#     "shimmy==2.0.1; python_version < '3.13'",
-#     "imageio==2.38.1",
-#     "moviepy==2.2.1",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[classic-control]==1.4.0", "mujoco==3.17.0",
+#     "dm_control==1.0.50; python_version < '3.13'", "shimmy==2.0.1; python_version < '3.13'", "imageio==2.38.1",
+#     "moviepy==2.2.1", "tensorboard==2.21.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 
+import contextlib
 import copy
-import ctypes
 import dataclasses
-import difflib
-import gc
-import importlib.util
+import importlib
 import json
-import logging
-import math
 import os
-import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -52,229 +34,75 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # ===== The run =====
-    env_id: str = "HalfCheetah-v4"
-    """task: a Gymnasium id, or dm_control/<domain>-<task>-v0"""
-    seed: int = 1
-    """seed of everything random in the run"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; results are repeatable for the same number"""
-    eval_interval: int = 10_000
-    """environment steps between evaluations; 0: none"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, in training and with --evaluate"""
-    checkpoint_interval: int = 50_000
-    """environment steps between checkpoints, each written at the next episode end; 0: only on SIGINT and SIGTERM"""
-    capture_video: bool = False
-    """write videos of training episodes (or of --evaluate) into the run folder's videos/"""
-    track: bool = False
-    """send the logs to Weights & Biases too"""
-    wandb_project_name: str = "neuroplastic-expansion"
-    """project on Weights & Biases, with --track"""
-    wandb_entity: str | None = None
-    """user or team on Weights & Biases, with --track"""
-    resume: str | None = None
-    """go on with the run in this folder, with the arguments that it was started with; takes no other argument"""
-    evaluate: str | None = None
-    """play the agent saved in this run folder instead of training"""
-
+    env_id: str = "HalfCheetah-v4"  # task: a Gymnasium id, or dm_control/<domain>-<task>-v0
+    seed: int = 1  # seed of everything random in the run
+    total_timesteps: int = 1_000_000  # environment steps of the whole run; written 1000000 or 1_000_000
+    cuda: bool = True  # use the GPU if there is one
+    torch_threads: int = 1  # CPU threads of PyTorch; results are repeatable for the same number
+    eval_interval: int = 10_000  # environment steps between evaluations; 0: none
+    eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: only at the end
+    capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
+    track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
+    resume: str | None = None  # go on with the run in this folder, with its own arguments
+    evaluate: str | None = None  # play the agent of the run in this folder instead of training
     # ===== TD3 =====
-    learning_rate: float = 3e-4
-    """Adam's learning rate, actor and critics"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """share of the online network that enters its target at an update"""
-    batch_size: int = 256
-    """transitions of one gradient step"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise on target actions; like the next two, in units of (high - low) / 2"""
-    noise_clip: float = 0.5
-    """largest absolute noise on a target action"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise on the actions taken"""
-    learning_starts: int = 25_000
-    """environment steps with random actions before learning starts"""
-    policy_frequency: int = 2
-    """critic updates per update of the actor and the targets"""
-    hidden_dim: int = 256
-    """units of each of the two hidden layers, actor and critics"""
-    neuron_interval: int = 1_000
-    """gradient steps between two looks at the neurons (sections 5 and 6)"""
-
+    learning_rate: float = 3e-4  # Adam's learning rate, actor and critics
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the online network that enters its target at an update
+    batch_size: int = 256  # transitions of one gradient step
+    replay_ratio: int = 1  # gradient steps after each environment step
+    policy_noise: float = 0.2  # standard deviation of the noise on target actions, in units of (high - low) / 2
+    noise_clip: float = 0.5  # largest absolute noise on a target action, in the same units
+    exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in the same units
+    learning_starts: int = 25_000  # environment steps with random actions before learning starts
+    policy_frequency: int = 2  # critic updates per update of the actor and the targets
+    hidden_dim: int = 256  # units of each of the two hidden layers, actor and critics
+    neuron_interval: int = 1_000  # gradient steps between two looks at the neurons (section 6)
     # --- Injection: arguments ---
-    # ===== Injection =====
-    inject: Literal["actor", "critic", "both", "none"] = "both"
-    """networks that are injected"""
-    injection_step: tuple[int, ...] = ()
-    """environment steps after which it happens, one or more; none given: half-way"""
+    inject: Literal["actor", "critic", "both", "none"] = "both"  # networks that are injected
+    injection_step: tuple[int, ...] = ()  # environment steps after which it happens, one or more; none given: half-way
     # --- end Injection ---
 
-
-# ===== Messages, arguments, process =====
+    def __post_init__(self):
+        limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
+        limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
+        # --- Injection: arguments ---
+        if not all(1 <= step <= self.total_timesteps for step in self.injection_step):
+            raise ValueError(f"--injection-step: each must lie in 1 ... {self.total_timesteps}, the run's steps")
+        # --- end Injection ---
+        for name, value in vars(self).items():
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
 
 def fail(message, code=2):
     """Ends the process with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
-def fail_to_render(what, error):
-    """Ends the process where OpenGL is missing."""
-    sys.unraisablehook = lambda _: None  # a half-made viewer complains when it is deleted
-    advice = "if OpenGL is missing: apt-get install libegl1 libgl1; MUJOCO_GL chooses another way to render"
-    fail(f"--capture-video: cannot make pictures{what} ({one_line(error)}); {advice}")
-
-
-def command_line(args):
-    """The command that starts a run with these arguments -> str."""
-    words = ["python", os.path.relpath(__file__)]
-    for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        # --- Injection: an argument of several words ---
-        elif field.name == "injection_step":
-            words += [flag, *map(str, value)]
-        # --- end Injection ---
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def short_run(args):
-    """`args` with what does not fit a short run made to fit, as a command -> str."""
-    fitting = dataclasses.replace(args, learning_starts=min(args.learning_starts, args.total_timesteps // 10))
-    return command_line(fitting)
-
-
-def check_args(args):
-    """Ends the process with a line that says what to do if an argument makes no sense."""
-    positive = "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes"
-    finite = "policy_noise noise_clip exploration_noise"
-    rules = {name: (getattr(args, name) >= 1, "must be at least 1") for name in [*positive.split(), "torch_threads"]}
-    rules |= {name: (0 <= getattr(args, name) < math.inf, "must be finite, 0 or more") for name in finite.split()}
-    for name in ("eval_interval", "checkpoint_interval", "learning_starts"):
-        rules[name] = getattr(args, name) >= 0, "must not be negative"
-    rules["seed"] = 0 <= args.seed < 2**31, "must lie in 0 ... 2147483647"
-    rules["learning_rate"] = 0 < args.learning_rate < math.inf, "must be finite and above 0"
-    rules["gamma"] = 0 <= args.gamma <= 1, "must lie in [0, 1]"
-    rules["tau"] = 0 < args.tau <= 1, "must lie in (0, 1]"
-    # --- Injection: arguments ---
-    early = all(1 <= step <= args.total_timesteps for step in args.injection_step)
-    rules["injection_step"] = early, f"must lie in 1 ... {args.total_timesteps}, the run's steps"
-    # --- end Injection ---
-    check(args, rules)
-    fits = args.batch_size <= args.buffer_size
-    rules = {"batch_size": (fits, f"more than --buffer-size {args.buffer_size} can hold; lower it or raise that")}
-    learns = args.learning_starts < args.total_timesteps
-    advice = "" if learns else f"not below --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
-    rules["learning_starts"] = learns, advice
-    check(args, rules)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track: the package wandb is missing; install it: pip install wandb")
-
-
-def check(args, rules):
-    """Ends the process at the first broken rule; rules: {argument: (whether it holds, what to do)}."""
-    for name, (holds, advice) in rules.items():
-        if not holds:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
-
-
-def check_only(args, argument, allowed):
-    """Ends the process if arguments other than the allowed ones are set beside --resume or --evaluate."""
-    for field in dataclasses.fields(args):
-        if field.name not in (argument, *allowed) and getattr(args, field.name) != field.default:
-            fail(f"--{argument} cannot be combined with --{field.name.replace('_', '-')}; leave that out")
-
-
-def set_process(args):
-    """Process settings: threads, arithmetic, memory, rendering, what libraries print."""
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        # glibc gives the 256 kB of an activation back to the system at each free; keep them, page faults are dear
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-    if args.capture_video and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # so does this, for tasks that pygame draws
-    warnings.filterwarnings("ignore", module="gymnasium|glfw|shimmy|dm_control|moviepy|imageio|pygame")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+def make_env(env_id, **options):
+    """A task with vectors as observations (float32) and bounded vectors as actions; ends the process otherwise."""
     try:
-        mujoco = importlib.import_module("mujoco")  # as MUJOCO_GL says, so it may fail
+        env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
+        seen, space = env.observation_space, env.action_space
+        vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and len(seen.shape or ()) != 3
+        assert vectors and np.isfinite([space.low, space.high]).all(), f"{seen} and {space}: no (bounded) vectors"
     except Exception as error:
-        fail_to_render("", error)
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-
-
-# ===== The task =====
-
-
-def make_env(env_id, render=False):
-    """Makes a task with a flat observation and a flat, bounded action; ends the process if that is not possible."""
-    try:
-        if env_id.startswith("dm_control/"):
-            importlib.import_module("shimmy")  # registers the tasks
-        options = {"render_mode": "rgb_array"} if render else {}
-        env = gym.make(env_id, disable_env_checker=True, **options)
-    except ImportError as error:
-        fail(f"--env-id {env_id}: a package is missing ({one_line(error)}); install it or choose another task")
-    except Exception as error:
-        known = difflib.get_close_matches(env_id, set(gym.registry) - {env_id}, n=2, cutoff=0.7)
-        hint = f"did you mean {', '.join(known)}?" if known else "gymnasium.pprint_registry() prints the known ones"
-        problem = (
-            "no such task" if isinstance(error, gym.error.UnregisteredEnv) else f"cannot be made: {one_line(error)}"
-        )
-        fail(f"--env-id {env_id}: {problem}; {hint}")
-
-    obs_space, action_space = env.observation_space, env.action_space
-    for box in obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]:
-        if not isinstance(box, gym.spaces.Box):
-            fail(f"--env-id {env_id}: observations must be Boxes, not {obs_space}; choose another task")
-        if box.dtype == np.uint8 and len(box.shape) >= 2:
-            fail(f"--env-id {env_id}: observations are images, this script takes vectors; choose a state-based task")
-    if not isinstance(action_space, gym.spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
-        fail(f"--env-id {env_id}: actions must be continuous (a Box), not {action_space}; choose another task")
-    if not np.isfinite([action_space.low, action_space.high]).all():
-        fail(f"--env-id {env_id}: actions must be bounded, not {action_space}; choose another task")
-    if isinstance(obs_space, gym.spaces.Dict) or len(obs_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if len(action_space.shape) != 1:
-        flat = gym.spaces.flatten_space(action_space)
-        env = gym.wrappers.TransformAction(env, lambda action: action.reshape(action_space.shape), flat)
-    if render:
-        try:
-            env.reset(seed=0)
-            env.render()
-        except Exception as error:
-            fail_to_render(f" of {env_id}", error)
-    return env
-
-
-def one_line(error):
-    """An exception's message without line breaks -> str."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ===== Networks (section 1) =====
+        fail(f"--env-id {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
+    env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.DtypeObservation(env, np.float32))
 
 
 # --- Injection: frozen parts and their sum (Nikishin et al. 2023, section 4) ---
@@ -283,87 +111,80 @@ def trained_layers(network):
     return [network.fc1, network.fc2, network.fc3]
 
 
-def freeze_(network, layers):
-    """Adds a frozen copy of the layers to the network; it has no parameter that learns."""
-    fc1, fc2, fc3 = copy.deepcopy(layers)
-    network.frozen.append(nn.Sequential(fc1, nn.ReLU(), fc2, nn.ReLU(), fc3).requires_grad_(False))
+def freeze_(network):
+    """Adds a copy of the layers as they are now to `network.frozen`, its weights as buffers, which nothing trains."""
+    fc1, fc2, fc3 = copy.deepcopy(trained_layers(network))
+    for layer in (fc1, fc2, fc3):
+        for name, value in list(layer.named_parameters()):
+            delattr(layer, name)
+            layer.register_buffer(name, value.detach())
+    network.frozen.append(nn.Sequential(fc1, nn.ReLU(), fc2, nn.ReLU(), fc3))
 
 
 def frozen_sum(network, *inputs):
-    """h(x) - h2(x) of every injection so far, x the inputs side by side -> [batch, out], or 0 before the first."""
+    """h(x) - h2(x) of every injection so far, x the inputs side by side -> [batch, n_out], or 0 before the first."""
     if not network.frozen:
         return 0
     x = torch.cat(inputs, 1)
     return sum((-1) ** number * part(x) for number, part in enumerate(network.frozen))
 
 
-@torch.no_grad()
-def inject_(network, target, optimizer):
-    """Makes h into h + h1 - h2, with h1 = h2 drawn anew; the target gets the same h1 and h2, and keeps its own h."""
-    for net in (network, target):
-        freeze_(net, trained_layers(net))
-    for layer, target_layer in zip(trained_layers(network), trained_layers(target), strict=True):
-        layer.reset_parameters()
-        target_layer.load_state_dict(layer.state_dict())
+def inject_(network, optimizer, target=None):
+    """Makes h into h + h1 - h2, h1 = h2 drawn anew, and h1 new to the optimizer; the outputs stay as they are.
+
+    A target gets the same h1 and h2, and keeps its own h.
+    """
+    nets = [network] if target is None else [network, target]
+    for net in nets:
+        freeze_(net)  # h
+    for layer in trained_layers(network):
+        layer.reset_parameters()  # h1
         for parameter in layer.parameters():
-            for value in optimizer.state.get(parameter, {}).values():
-                value.zero_()  # h1 is new to the optimizer
-    for net in (network, target):
-        freeze_(net, trained_layers(network))
+            optimizer.state.pop(parameter, None)
+    for net in nets:
+        for layer, drawn in zip(trained_layers(net), trained_layers(network), strict=True):
+            layer.load_state_dict(drawn.state_dict())
+        freeze_(net)  # h2
 
 
-def make_room_(network, state):
-    """Adds as many frozen parts to a new network as a saved one has."""
-    while f"frozen.{len(network.frozen)}.0.weight" in state:
-        freeze_(network, trained_layers(network))
+def make_room_(network, state, prefix, *_):
+    """Before a network loads a state dict, adds the frozen parts that the saved one had."""
+    while f"{prefix}frozen.{len(network.frozen)}.0.weight" in state:
+        freeze_(network)
 
 
 # --- end Injection ---
-class QNetwork(nn.Module):
-    """Q(s, a): a ReLU network with two hidden layers."""
+class MLP(nn.Module):
+    """A ReLU network with two hidden layers (section 1), its inputs side by side: [batch, n], ... -> [batch, n_out]."""
 
-    def __init__(self, obs_dim, action_dim, hidden_dim):
+    def __init__(self, n_in, hidden_dim, n_out):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim + action_dim, hidden_dim)
+        self.fc1 = nn.Linear(n_in, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, 1)
+        self.fc3 = nn.Linear(hidden_dim, n_out)
         # --- Injection: h and -h2, once or more, as they were frozen ---
         self.frozen = nn.ModuleList()
+        self.register_load_state_dict_pre_hook(make_room_)
         # --- end Injection ---
 
-    def hidden(self, obs, actions):
-        """[batch, obs_dim], [batch, action_dim] -> the hidden layers' activations, each [batch, hidden_dim]."""
-        h1 = F.relu_(self.fc1(torch.cat([obs, actions], 1)))
-        return [h1, F.relu_(self.fc2(h1))]
+    def hidden(self, *inputs):
+        h1 = F.relu_(self.fc1(torch.cat(inputs, 1)))
+        return [h1, F.relu_(self.fc2(h1))]  # each [batch, hidden_dim]
 
-    def forward(self, obs, actions):
-        """[batch, obs_dim], [batch, action_dim] -> [batch]."""
-        return (self.fc3(self.hidden(obs, actions)[-1]) + frozen_sum(self, obs, actions)).squeeze(1)
+    def forward(self, *inputs):
+        return self.fc3(self.hidden(*inputs)[-1]) + frozen_sum(self, *inputs)
 
 
-class Actor(nn.Module):
-    """pi(s): a ReLU network with two hidden layers, its tanh scaled to the bounds [action_dim] of the actions."""
+class Actor(MLP):
+    """pi(s): [batch, obs_dim] -> [batch, action_dim]; low, high: bounds of the actions, tensors [action_dim]."""
 
-    def __init__(self, obs_dim, action_low, action_high, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(obs_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, len(action_low))
-        # --- Injection: h and -h2, once or more, as they were frozen ---
-        self.frozen = nn.ModuleList()
-        # --- end Injection ---
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high))
+    def __init__(self, obs_dim, low, high, hidden_dim):
+        super().__init__(obs_dim, hidden_dim, len(low))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
-    def hidden(self, obs):
-        """[batch, obs_dim] -> the hidden layers' activations, each [batch, hidden_dim]."""
-        h1 = F.relu_(self.fc1(obs))
-        return [h1, F.relu_(self.fc2(h1))]
-
     def forward(self, obs):
-        """[batch, obs_dim] -> [batch, action_dim]."""
-        return torch.tanh(self.fc3(self.hidden(obs)[-1]) + frozen_sum(self, obs)) * self.action_scale + self.action_bias
+        return torch.tanh(super().forward(obs)) * self.action_scale + self.action_bias
 
 
 def dormant_scores(h):
@@ -372,458 +193,230 @@ def dormant_scores(h):
     return mean_activation / mean_activation.mean().clamp(min=torch.finfo(h.dtype).tiny)
 
 
-# ===== Looking at the neurons (section 6) =====
-
-
-def inputs(batch):
-    """What each network sees of a batch -> {network's name: tuple of tensors}."""
-    return {"actor": (batch.obs,), "qf1": (batch.obs, batch.actions), "qf2": (batch.obs, batch.actions)}
-
-
 @torch.no_grad()
 def neuron_statistics(hidden):
-    """Shares of all hidden neurons: list of [batch, n_l] -> the values logged under neurons/<net>/."""
+    """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
     scores = torch.cat([dormant_scores(h) for h in hidden])
     firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
-    return {
-        "dormant_ratio_0": float((scores <= 0).float().mean()),
-        "dormant_ratio_0.1": float((scores <= 0.1).float().mean()),
-        "fau": float(firing.mean()),
-    }
+    dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
+    return dormant | {"fau": float(firing.mean())}
 
 
-# ===== Replay buffer =====
-
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # [batch, obs_dim]
-    actions: torch.Tensor  # [batch, action_dim]
-    reward: torch.Tensor  # [batch]
-    next_obs: torch.Tensor  # [batch, obs_dim]
-    terminated: torch.Tensor  # [batch], 1 where the task ended there, 0 also where it was only cut off
+Batch = namedtuple("Batch", "obs actions reward next_obs terminated")  # an actor sees [:1] of it, a critic [:2]
 
 
 class ReplayBuffer:
     """The last `capacity` transitions, each one float32 row in main memory; batches go to `device`."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
-        self.capacity, self.device = capacity, device
-        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = torch.empty(capacity, sum(self.widths))
-        self.columns = np.split(self.rows.numpy(), np.cumsum(self.widths)[:-1], axis=1)
-        self.size = self.position = 0
+        self.widths, self.device = [obs_dim, action_dim, 1, obs_dim, 1], device
+        self.rows, self.added = torch.empty(capacity, sum(self.widths)), 0
 
     def __len__(self):
-        return self.size
+        return min(self.added, len(self.rows))
 
     def add(self, obs, actions, reward, next_obs, terminated):
         """Stores a transition, in place of the oldest one if the buffer is full."""
-        for column, value in zip(self.columns, (obs, actions, reward, next_obs, terminated), strict=True):
-            column[self.position] = value
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        self.rows.numpy()[self.added % len(self.rows)] = np.hstack([obs, actions, reward, next_obs, terminated])
+        self.added += 1
 
     def sample(self, batch_size, generator=None):
-        """Draws transitions uniformly, with replacement, from all or from a share of them, the oldest -> Batch."""
-        among = self.size
-        age = torch.randint(among, (batch_size,), generator=generator)
-        start = self.position if self.size == self.capacity else 0  # where the oldest one lies
-        rows = self.rows.index_select(0, (start + age) % self.capacity).to(self.device)
+        """Draws uniformly, with replacement -> Batch of tensors [batch, ...]."""
+        age = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
+        rows = self.rows.index_select(0, (self.added - len(self) + age) % len(self.rows)).to(self.device)
         obs, actions, reward, next_obs, terminated = rows.split(self.widths, 1)
         return Batch(obs, actions, reward.squeeze(1), next_obs, terminated.squeeze(1))
-
-    def save(self, path):
-        """Writes the rows to a file, straight from the buffer."""
-        with open(path, "wb") as file:
-            self.rows[: self.size].numpy().tofile(file)
-            os.fsync(file.fileno())
-
-    def load(self, path, size, position):
-        """Reads back what `save` wrote, straight into the buffer; OSError if the file is missing or cut short."""
-        with open(path, "rb") as file:
-            content = memoryview(self.rows[:size].numpy()).cast("B")
-            if file.readinto(content) != len(content) or file.read(1):
-                raise OSError(f"{path} is damaged")
-        self.size, self.position = size, position
-
-
-# ===== Acting and evaluation =====
-
-
-def to_task(action, space):
-    """An action as the task takes it, clipped to its bounds: tensor [action_dim] -> array."""
-    return np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
 
 
 @torch.no_grad()
 def evaluate(actor, env, episodes, seed):
     """Returns of episodes without noise -> list of floats. The seed alone decides where the episodes start."""
-    device, returns = actor.action_scale.device, []
-    seeds = torch.randint(2**31 - 1, (episodes,), generator=torch.Generator().manual_seed(seed + 1000)).tolist()
-    for episode_seed in seeds:
-        obs, _ = env.reset(seed=episode_seed)
-        episodic_return, done = 0.0, False
+    generator, space, returns = torch.Generator().manual_seed(seed + 1000), env.action_space, []
+    for episode_seed in torch.randint(2**31 - 1, (episodes,), generator=generator).tolist():
+        (obs, _), done = env.reset(seed=episode_seed), False
         while not done:
-            action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])[0]
-            obs, reward, terminated, truncated, _ = env.step(to_task(action, env.action_space))
-            episodic_return += float(reward)
+            action = actor(torch.from_numpy(obs).to(actor.action_scale.device)[None])[0].cpu().numpy()
+            obs, _, terminated, truncated, info = env.step(np.clip(action.astype(space.dtype), space.low, space.high))
             done = terminated or truncated
-        returns.append(episodic_return)
+        returns.append(float(info["episode"]["r"]))
     return returns
 
 
-def evaluate_run(args):
-    """Plays the agent of the run folder args.evaluate and prints its returns -> the folder."""
-    check_only(args, "evaluate", ("eval_episodes", "capture_video", "cuda", "torch_threads"))
-    folder = Path(args.evaluate)
-    run_args = load_args(folder, "evaluate")
-    path = folder / "model.pt" if (folder / "model.pt").exists() else folder / "checkpoint.pt"
-    if not path.exists():
-        fail(f"--evaluate {folder}: no model.pt and no checkpoint.pt there yet")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    env = make_env(run_args.env_id, render=args.capture_video)
-    if args.capture_video:
-        name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda episode: True, name_prefix=name)
-    obs_dim, space = env.observation_space.shape[0], env.action_space
-    actor = Actor(obs_dim, space.low, space.high, run_args.hidden_dim).to(device)
-    try:
-        # --- Injection: the frozen parts that the actor had ---
-        make_room_(actor, load(path, "evaluate")["actor"])
-        # --- end Injection ---
-        actor.load_state_dict(load(path, "evaluate")["actor"])
-    except (KeyError, TypeError, RuntimeError):
-        fail(f"--evaluate {path}: not an agent of this script and task")
-    returns = evaluate(actor, env, args.eval_episodes, run_args.seed)
-    env.close()
-    print(f"{run_args.env_id}: mean return {np.mean(returns):.2f}, std {np.std(returns):.2f}, {len(returns)} episodes")
-    return folder
-
-
-# ===== Checkpoints =====
-
-
-def new_run_folder(args):
-    """Makes the folder of a new run, with args.json in it -> its path."""
-    name = args.env_id.replace("/", "-").replace(":", "-")
-    stem = folder = Path("runs") / f"{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    copies = 0
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run started in the same second
-            copies += 1
-            folder = stem.with_name(f"{stem.name}-{copies}")
-    (folder / "args.tmp").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    os.replace(folder / "args.tmp", folder / "args.json")
-    return folder
-
-
-def load_args(folder, argument):
-    """The arguments that a run was started with -> Args."""
-    if not folder.is_dir():
-        fail(f"--{argument} {folder}: no such run folder")
-    try:
-        values = json.loads((folder / "args.json").read_text())
-        named = folder.resolve().name.split("__")  # task, script, seed, time, unless the user renamed it
-        foreign = len(named) == 4 and named[1] != Path(__file__).stem
-        if foreign or set(values) != {field.name for field in dataclasses.fields(Args)}:
-            fail(f"--{argument} {folder}: a run of another script, not of {Path(__file__).name}; use that one")
-    except (OSError, ValueError, TypeError):
-        fail(f"--{argument} {folder}: no readable args.json there; this is not a run folder")
-    return Args(**values)
-
-
-def save(contents, path):
-    """Writes a file whole or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load(path, argument):
-    """Reads what `save` wrote, without executing anything in it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        fail(f"--{argument} {path}: damaged, or not written by this script")
-
-
-def save_checkpoint(folder, state, rb):
-    """Writes the replay buffer to a file of its own, then the checkpoint that names it, then drops the file before."""
-    rb.save(folder / state["buffer"])
-    save(state, folder / "checkpoint.pt")
-    remove_buffers(folder, keep=state["buffer"])
-
-
-def remove_buffers(folder, keep=None):
-    """Deletes a run's saved buffers, except the one that its checkpoint names."""
-    for path in folder.glob("buffer-*.bin"):
-        if path.name != keep:
-            path.unlink()
-
-
-def cut_events(folder, sizes):
-    """Cuts what was logged after a checkpoint; sizes: bytes of each event file at the checkpoint."""
-    for path in folder.glob("events.out.tfevents.*"):
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink()
-
-
-@torch.no_grad()
-def adam_step_(optimizer):
-    """What `optimizer.step()` of a fused Adam does, without its bookkeeping, which takes longer than the update."""
-    group = optimizer.param_groups[0]
-    if len(optimizer.state) < len(group["params"]):  # its first step, which makes its state
-        return optimizer.step()
-    state = [optimizer.state[parameter] for parameter in group["params"]]
-    moments = [[s[name] for s in state] for name in ("exp_avg", "exp_avg_sq")]
-    steps, betas = [s["step"] for s in state], dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-    torch._foreach_add_(steps, 1)
-    options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-    torch._fused_adam_(group["params"], [p.grad for p in group["params"]], *moments, [], steps, **betas, **options)
-
-
-# ===== Training =====
+stop = []  # signals that have come: the first one ends the run with its episode
 
 
 def main(args):
-    """Trains, or plays with --evaluate -> the run's folder."""
-    if args.evaluate is not None:
-        set_process(args)
-        return evaluate_run(args)
-    folder = checkpoint = None
-    if args.resume is not None:
-        check_only(args, "resume", ())
-        folder, args = Path(args.resume), load_args(Path(args.resume), "resume")
-        if (folder / "model.pt").exists():
-            remove_buffers(folder)
-            fail(f"--resume {folder}: this run is finished; play its agent with --evaluate {folder}")
-        if (folder / "checkpoint.pt").exists():
-            checkpoint = load(folder / "checkpoint.pt", "resume")
-            if not isinstance(checkpoint, dict) or checkpoint.get("script") != Path(__file__).stem:
-                fail(f"--resume {folder}: its checkpoint.pt is not of {Path(__file__).name}")
-    check_args(args)
-    set_process(args)
-
-    # a first SIGINT or SIGTERM lets the episode end and writes a checkpoint, a second one leaves at once
-    stop, handlers = [], {}
-
-    def on_signal(number, frame):
-        stop.append(number)
-        for name in handlers:
-            signal.signal(name, signal.SIG_DFL)
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
-
-    if threading.current_thread() is threading.main_thread():
-        handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train(args, folder, checkpoint, stop)
-    finally:
-        gc.unfreeze()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-
-def train(args, folder, checkpoint, stop):
-    """A run from its start, or from a checkpoint; ends after an episode if `stop` is not empty -> the run's folder."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    generators = {"run": torch.default_generator, "log": torch.Generator().manual_seed(args.seed + 1)}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    env, eval_env = make_env(args.env_id, render=args.capture_video), make_env(args.env_id)
-    obs_dim, action_dim, space = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
-    low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (space.low, space.high))
-
-    actor = Actor(obs_dim, space.low, space.high, args.hidden_dim).to(device)
-    qf1 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
-    qf2 = QNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
-    networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
-    target_actor, qf1_target, qf2_target = (copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2))
-    models = networks | {"target_actor": target_actor, "qf1_target": qf1_target, "qf2_target": qf2_target}
-    actor_parameters = list(actor.parameters())
-    qf_parameters = list(qf1.parameters()) + list(qf2.parameters())
-    parameters = actor_parameters + qf_parameters
-    target_parameters = [p for net in (target_actor, qf1_target, qf2_target) for p in net.parameters()]
-    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
-    q_optimizer = torch.optim.Adam(qf_parameters, lr=args.learning_rate, fused=True)
-    trained = models | {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
-    try:
-        rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    except RuntimeError:
-        gigabytes = args.buffer_size * (2 * obs_dim + action_dim + 2) * 4 / 1e9
-        fail(f"--buffer-size {args.buffer_size}: needs {gigabytes:.1f} GB, more than there is; choose a smaller one")
-    start_step, actor_loss = 0, None
-
-    if checkpoint:
+    """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
+    play, script, checkpoint = args.evaluate, Path(__file__).stem, None
+    name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
+    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
+    if (args.resume, play) != (None, None):
+        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            # --- Injection: the frozen parts that the networks had ---
-            for name, model in models.items():
-                make_room_(model, checkpoint[name])
-            # --- end Injection ---
-            for name, part in trained.items():
-                part.load_state_dict(checkpoint[name])
-            rb.load(folder / checkpoint["buffer"], checkpoint["buffer_size"], checkpoint["buffer_position"])
-            for name in generators.keys() & checkpoint["generators"].keys():  # "cuda" may be new on this machine
-                generators[name].set_state(checkpoint["generators"][name])
-            start_step, actor_loss = checkpoint["global_step"], checkpoint["actor_loss"]
-        except (KeyError, RuntimeError, ValueError, OSError) as error:
-            fail(f"--resume {folder}: its checkpoint is damaged or not of this task ({one_line(error)})")
-    folder = folder or new_run_folder(args)
-    remove_buffers(folder, keep=checkpoint["buffer"] if checkpoint else None)
-    cut_events(folder, checkpoint["events"] if checkpoint else {})
+            assert args == Args(resume=args.resume, evaluate=play, **own), (
+                "a run has its own arguments, leave others out"
+            )
+            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            lock.acquire()
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+        except Exception as error:
+            fail(f"--{'evaluate' if play else 'resume'} {folder}: damaged, or in use by another process, or {error}")
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+    torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)
+    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    env = make_env(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
+    eval_env, obs_dim, space = make_env(args.env_id), env.observation_space.shape[0], env.action_space
+    low, high = torch.tensor(np.stack([space.low, space.high]), dtype=torch.float32, device=device)  # [action_dim]
+    actor = Actor(obs_dim, low, high, args.hidden_dim)
+    qf1, qf2 = (MLP(obs_dim + len(low), args.hidden_dim, 1) for _ in range(2))
+    networks = nn.ModuleDict({"actor": actor, "qf1": qf1, "qf2": qf2}).to(device)
+    targets = copy.deepcopy(networks).requires_grad_(False)
+    target_actor, qf1_target, qf2_target = targets.values()
+    parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (networks, targets))
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    q_optimizer = torch.optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=args.learning_rate, fused=True)
+    state = {"networks": networks, "targets": targets, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
+    rb, global_step, actor_loss = ReplayBuffer(args.buffer_size, obs_dim, len(low), device), 0, torch.zeros(())
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        for generator, saved in zip(generators, checkpoint["random"], strict=True):
+            generator.set_state(saved)
+        global_step, actor_loss, rb.added = (checkpoint[name] for name in ("step", "actor_loss", "added"))
+        rb.rows[: len(rb)] = checkpoint.pop("rows")
+    else:
+        (folder / "models").mkdir(parents=True)
+        (folder / "args.json").write_text(text)
+        lock.acquire()
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"train-from-{start_step}")
+        env = gym.wrappers.RecordVideo(
+            env, f"{folder}/videos", name_prefix=f"{'play' if play else 'run'}-{global_step}"
+        )
+    if play:
+        returns = evaluate(actor, env, args.eval_episodes, args.seed)
+        env.close()
+        print(f"{args.env_id}: mean return {np.mean(returns):.2f}, std {np.std(returns):.2f}, {len(returns)} episodes")
+        return folder
     if args.track:
-        options = {"id": folder.name, "name": folder.name, "resume": "allow", "config": dataclasses.asdict(args)}
-        wandb = importlib.import_module("wandb")
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **options)
-    writer = SummaryWriter(folder)
-    if not checkpoint:
-        table = "".join(f"|{name}|{value}|\n" for name, value in dataclasses.asdict(args).items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        importlib.import_module("wandb").init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=global_step + 1)  # what was logged after the checkpoint is void
 
     def log(group, values):
         for name, value in values.items():
             writer.add_scalar(f"{group}/{name}", value, global_step)
 
-    def check_finite(tensors):
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            bar.close()
-            kept = f"the last good one is {folder}/checkpoint.pt" if checkpoint_step else "none was written before"
-            fail(
-                f"step {global_step}: a loss or a parameter is not finite; stopped without a checkpoint, {kept}", code=1
-            )
+    def check_finite(what, *values):
+        """Ends the run where a tensor, an array or a number is not finite; its last checkpoint stays."""
+        if not all(torch.as_tensor(value).isfinite().all() for value in values):
+            fail(f"step {global_step}: {what} is not finite; stopped, the last checkpoint in {folder} is good", 1)
 
-    def state():
-        """All that it takes to go on from here, at the end of an episode."""
-        check_finite(parameters)
+    def save_run():
+        """Keeps the networks' weights, and replaces the checkpoint by all that it takes to go on from here."""
+        check_finite("a weight", *parameters)
         writer.flush()
-        return {name: part.state_dict() for name, part in trained.items()} | {
-            "script": Path(__file__).stem,
-            "global_step": global_step,
-            "actor_loss": actor_loss,
-            "generators": {name: generator.get_state() for name, generator in generators.items()},
-            "buffer": f"buffer-{global_step}.bin",
-            "buffer_size": rb.size,
-            "buffer_position": rb.position,
-            "events": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")},
-        }
+        torch.save({name: net.state_dict() for name, net in networks.items()}, f"{folder}/models/{global_step}.pt")
+        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
+        # through numpy: of a tensor's slice the whole tensor would be saved
+        new |= {"rows": torch.from_numpy(rb.rows.numpy()[: len(rb)]), "random": [g.get_state() for g in generators]}
+        new |= {name: part.state_dict() for name, part in state.items()}
+        torch.save(new, folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole or not at all
 
-    checkpoint_step, start_time, new_episode = start_step, time.time(), True
-    gc.collect()
-    gc.freeze()  # spares the garbage collector the many objects of the libraries
-    steps = range(start_step + 1, args.total_timesteps + 1)
-    bar = tqdm(steps, initial=start_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
-    for global_step in bar:
-        if new_episode:
+    save_run()
+    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
+    bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
+    for global_step in range(start_step + 1, args.total_timesteps + 1):
+        if done:
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
-            obs, episodic_return, episodic_length = np.array(obs, dtype=np.float32), 0.0, 0
 
         # Act: at random before learning starts, then with exploration noise
-        with torch.no_grad():
-            if global_step <= args.learning_starts:
-                action = low + (high - low) * torch.rand(action_dim, device=device)
-            else:
-                action = actor(torch.from_numpy(obs).to(device)[None])[0]
-                action += args.exploration_noise * actor.action_scale * torch.randn(action_dim, device=device)
-        action = to_task(action, space)
-        try:
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-        except Exception:
-            check_finite(parameters)  # a task may refuse what a diverged actor does
-            raise
-        next_obs = np.array(next_obs, dtype=np.float32)
+        if global_step <= args.learning_starts:
+            action = low + (high - low) * torch.rand(len(low), device=device)
+        else:
+            action = actor(torch.from_numpy(obs).to(device)[None])[0].detach()
+            action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
+        action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        check_finite("an observation, an action or a reward", obs, action, reward, next_obs)
         rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
-        obs, new_episode = next_obs, terminated or truncated
-        episodic_return, episodic_length = episodic_return + float(reward), episodic_length + 1
+        obs, done = next_obs, terminated or truncated
 
-        if global_step > args.learning_starts:
-            t = global_step - args.learning_starts
+        # Learn: replay_ratio gradient steps for each environment step
+        while t < args.replay_ratio * (global_step - args.learning_starts):
+            t += 1
             batch = rb.sample(args.batch_size)
 
             # Target policy smoothing, clipped double Q-learning (TD3, algorithm 1)
             with torch.no_grad():
                 noise = (args.policy_noise * torch.randn_like(batch.actions)).clamp(-args.noise_clip, args.noise_clip)
                 next_actions = (target_actor(batch.next_obs) + noise * actor.action_scale).clamp(low, high)
-                qf1_next, qf2_next = qf1_target(batch.next_obs, next_actions), qf2_target(batch.next_obs, next_actions)
-                next_values = batch.reward + args.gamma * (1 - batch.terminated) * torch.min(qf1_next, qf2_next)
-
-            qf1_values, qf2_values = qf1(batch.obs, batch.actions), qf2(batch.obs, batch.actions)
+                qf_next = torch.min(*(qf(batch.next_obs, next_actions) for qf in (qf1_target, qf2_target))).squeeze(1)
+                next_values = batch.reward + args.gamma * (1 - batch.terminated) * qf_next
+            qf1_values, qf2_values = (qf(batch.obs, batch.actions).squeeze(1) for qf in (qf1, qf2))
             qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
-            qf_loss = qf1_loss + qf2_loss
             q_optimizer.zero_grad()
-            qf_loss.backward()
-            adam_step_(q_optimizer)
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
 
             # Delayed updates of the actor and the targets
             if t % args.policy_frequency == 0:
                 actor_loss = -qf1(batch.obs, actor(batch.obs)).mean()
                 actor_optimizer.zero_grad()
-                actor_loss.backward(inputs=actor_parameters)  # no gradient for the critic's parameters
-                adam_step_(actor_optimizer)
-                actor_loss = actor_loss.detach()
-                with torch.no_grad():
-                    torch._foreach_lerp_(target_parameters, parameters, args.tau)
-
+                actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
+                actor_optimizer.step()
+                torch._foreach_lerp_(target_parameters, parameters, args.tau)
             if t % args.neuron_interval == 0:
-                for name, sample in inputs(rb.sample(2048, generator=generators["log"])).items():
-                    log(f"neurons/{name}", neuron_statistics(networks[name].hidden(*sample)))
+                sample = rb.sample(2048, generator=generators[1])
+                for name, network in networks.items():
+                    hidden = network.hidden(*sample[: 1 if name == "actor" else 2])
+                    log(f"neurons/{name}", neuron_statistics(hidden))
             if t % 100 == 0:
-                losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
-                losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
-                losses |= {} if actor_loss is None else {"actor_loss": actor_loss}
-                check_finite([*losses.values(), *parameters])
+                losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
+                losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "actor_loss": actor_loss}
+                check_finite("a loss or a weight", *losses.values(), *parameters)
                 log("losses", {name: value.item() for name, value in losses.items()})
                 log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
 
         if args.eval_interval and global_step % args.eval_interval == 0:
-            check_finite(parameters)
+            check_finite("a weight", *parameters)
             returns = evaluate(actor, eval_env, args.eval_episodes, args.seed)
             log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
         # --- Injection: at injection_step, networks and targets at the same moment ---
         if args.inject != "none" and global_step in (args.injection_step or [args.total_timesteps // 2]):
             if args.inject != "critic":
-                inject_(actor, target_actor, actor_optimizer)
+                inject_(actor, actor_optimizer, target_actor)
             if args.inject != "actor":
-                inject_(qf1, qf1_target, q_optimizer)
-                inject_(qf2, qf2_target, q_optimizer)
+                inject_(qf1, q_optimizer, qf1_target)
+                inject_(qf2, q_optimizer, qf2_target)
             log("injection", {"actor_parts": len(actor.frozen), "critic_parts": len(qf1.frozen)})
         # --- end Injection ---
-        if new_episode:
-            log("charts", {"episodic_return": episodic_return, "episodic_length": episodic_length})
-            shown = {"return": f"{episodic_return:.1f}"}
-            bar.set_postfix(shown, refresh=False)
-            interval = args.checkpoint_interval
-            due = interval and global_step // interval > checkpoint_step // interval
-            if (due or stop) and global_step < args.total_timesteps:
-                save_checkpoint(folder, state(), rb)
-                checkpoint_step = global_step
-                if stop:
-                    bar.close()
-                    env.close()
-                    resume = f"python {os.path.relpath(__file__)} --resume {folder}"
-                    print(f"stopped at step {global_step}; go on with: {resume}")
-                    sys.exit(128 + stop[0])
+        with contextlib.suppress(OSError):  # a screen that is gone must not end the run
+            bar.set_description("stopping with this episode; once more: at once" if stop else None, refresh=False)
+            bar.update()
+        if done:
+            log("charts", {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]})
+            bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
+            if stop:
+                break
+            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+                save_run()
 
-    final = state()
-    writer.close()
-    env.close()
-    eval_env.close()
-    save({name: model.state_dict() for name, model in models.items()}, folder / "model.pt")
-    if args.checkpoint_interval:
-        save(final, folder / "checkpoint.pt")
-    remove_buffers(folder)
-    print(f"finished: {folder}")
-    return folder
+    rb.added = rb.added if stop else 0  # a finished run keeps all but its replay
+    save_run()
+    for used in (writer, env, bar):
+        used.close()
+    print(f"{f'stopped; go on with: python {sys.argv[0]} --resume' if stop else 'finished:'} {folder}")
+    return sys.exit(128 + stop[0]) if stop else folder
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup; a terminal that closes sends SIGHUP twice
+            signal.signal(number, lambda n, _: os._exit(128 + n) if stop and n != signal.SIGHUP else stop.append(n))
     main(tyro.cli(Args, description=__doc__))
