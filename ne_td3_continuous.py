@@ -99,7 +99,7 @@ class Args:
             raise ValueError(f"--growth-interval must be a multiple of --policy-frequency {self.policy_frequency}")
         # --- end NE ---
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if isinstance(value, int) else 0, 1e18))
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 

@@ -668,10 +668,10 @@ def main(args):
             bar.update()
         if done:
             # the counts that make info["episode"], which an episode that is cut off has not
-            episodic_return, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
-            log("charts", {"episodic_return": episodic_return, "episodic_length": length})
-            log(f"charts/{names[task]}", {"episodic_return": episodic_return})
-            bar.set_postfix_str(f"{names[task]}: return={episodic_return:.1f}, density={density(networks):.3f}", refresh=False)
+            total, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
+            log("charts", {"episodic_return": total, "episodic_length": length})
+            log(f"charts/{names[task]}", {"episodic_return": total})
+            bar.set_postfix_str(f"{names[task]}: return={total:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
             if ends or global_step // interval > (global_step - length) // interval:

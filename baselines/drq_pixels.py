@@ -17,6 +17,7 @@ ne_drq_pixels.py is this file and the lines of Neuroplastic Expansion. (Section 
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -248,9 +249,9 @@ Batch = namedtuple("Batch", "obs actions reward next_obs terminated")  # obs, ne
 class ReplayBuffer:
     """The last `capacity` transitions. Each frame is stored once, stacks are built when they are drawn.
 
-    Frames are numbered from 0 as they come; number n lies at n modulo the length of `frames`. An episode has a frame
-    more than transitions, so there is room for an eighth more frames than transitions; of shorter episodes than eight
-    steps the buffer holds fewer than `capacity` transitions. `frames` is on frames_device, batches go to `device`.
+    Frames are numbered from 0 as they come; number n lies at n modulo the length of `frames`, which is on frames_device
+    and has room for an eighth more frames than transitions, for an episode has one more: of episodes shorter than eight
+    steps the buffer holds fewer than `capacity` transitions. Batches go to `device`.
     """
 
     def __init__(self, capacity, image_size, frame_stack, action_dim, device, frames_device=None):
@@ -282,8 +283,7 @@ class ReplayBuffer:
         """Stores a frame, and drops the transitions whose oldest frame it overwrites."""
         self.frames[self.frame_count % len(self.frames)] = torch.from_numpy(frame)
         self.frame_count += 1
-        lost = self.frame_count - len(self.frames)  # frames before this one
-        while len(self) and self.spans[self.dropped % len(self.rows), 0] < lost:
+        while len(self) and self.spans[self.dropped % len(self.rows), 0] < self.frame_count - len(self.frames):
             self.dropped += 1
 
     def sample(self, batch_size, generator=None):
@@ -350,6 +350,8 @@ def main(args):
             fail(f"--{'evaluate' if play else 'resume'} {folder}: damaged, or in use by another process, or {error}")
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+        for option, size in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)  # keeps freed memory: page faults are a fifth of an update's time
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)
     generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
@@ -367,17 +369,18 @@ def main(args):
     encoder_target, critic_projection_target, qf1_target, qf2_target = targets.values()
     actors = nn.ModuleDict({"actor_projection": actor_projection, "actor": actor}).to(device)
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.alpha), device=device)})
-    log_alpha, eyes = temperature["log_alpha"], (encoder, critic_projection, actor_projection)
+    log_alpha, eyes = temperature["log_alpha"], [encoder, critic_projection, actor_projection]
     q_parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (critics, targets))
     parameters = [*q_parameters, log_alpha.detach(), *(p.detach() for p in actors.parameters())]
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
     actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, fused=True)
     alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.learning_rate, fused=True)
-    frames_device = device if args.buffer_on_gpu else torch.device("cpu")
-    rb = ReplayBuffer(args.buffer_size, args.image_size, args.frame_stack, action_dim, device, frames_device)
-    state = {"critics": critics, "actors": actors, "temperature": temperature, "targets": targets, "replay": rb}
+    state = {"critics": critics, "actors": actors, "temperature": temperature, "targets": targets}
     state |= {"q_optimizer": q_optimizer, "actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
-    global_step, actor_loss = 0, torch.zeros(())
+    global_step, actor_loss, frames_on = 0, torch.zeros(()), device if args.buffer_on_gpu else "cpu"
+    if not play:  # it takes gigabytes
+        rb = ReplayBuffer(args.buffer_size, args.image_size, args.frame_stack, action_dim, device, frames_on)
+        state["replay"] = rb
     if checkpoint:
         for name, part in state.items():
             part.load_state_dict(checkpoint.pop(name))
@@ -414,8 +417,8 @@ def main(args):
         """Keeps the networks' weights, and replaces the checkpoint by all that it takes to go on from here."""
         check_finite("a weight", *parameters)
         writer.flush()
-        models = {name: net.state_dict() for name, net in {**critics, **actors}.items()}
-        torch.save(models, f"{folder}/models/{global_step}.pt")
+        models = {**critics, **actors}
+        torch.save({name: net.state_dict() for name, net in models.items()}, f"{folder}/models/{global_step}.pt")
         new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach()}
         new |= {"random": [g.get_state() for g in generators]}
         new |= {name: part.state_dict() for name, part in state.items()}
@@ -462,8 +465,7 @@ def main(args):
                 next_actions, next_log_prob = actor.sample(actor_projection(encoder(next_shifted)))
                 next_inputs = critic_projection_target(encoder_target(next_shifted)), next_actions
                 qf_next = torch.min(*(qf(*next_inputs).squeeze(1).float() for qf in (qf1_target, qf2_target)))
-                soft_values = qf_next - log_alpha.exp() * next_log_prob
-                soft_values = soft_values.view(args.target_augmentations, -1).mean(0)
+                soft_values = (qf_next - log_alpha.exp() * next_log_prob).view(args.target_augmentations, -1).mean(0)
                 next_values = batch.reward + args.gamma * (1 - batch.terminated) * soft_values
 
             # The critics' loss trains the convolutions, the critics' projection and both heads
@@ -498,7 +500,8 @@ def main(args):
             if t % args.neuron_interval == 0:
                 sample = inputs(rb.sample(2048, generator=generators[1]), *eyes)
                 for name, network in networks.items():
-                    log(f"neurons/{name}", neuron_statistics(network.hidden(*sample[name])))
+                    hidden = network.hidden(*sample[name])
+                    log(f"neurons/{name}", neuron_statistics(hidden))
             if t % 100 == 0:
                 losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
                 losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "actor_loss": actor_loss}

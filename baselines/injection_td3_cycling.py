@@ -157,7 +157,6 @@ def frozen_sum(network, *inputs):
     return sum((-1) ** number * part(x) for number, part in enumerate(network.frozen))
 
 
-@torch.no_grad()
 def inject_(network, optimizer, target=None):
     """Makes h into h + h1 - h2, h1 = h2 drawn anew, and h1 new to the optimizer; the outputs stay as they are.
 
@@ -483,10 +482,10 @@ def main(args):
             bar.update()
         if done:
             # the counts that make info["episode"], which an episode that is cut off has not
-            episodic_return, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
-            log("charts", {"episodic_return": episodic_return, "episodic_length": length})
-            log(f"charts/{names[task]}", {"episodic_return": episodic_return})
-            bar.set_postfix_str(f"{names[task]}: return={episodic_return:.1f}", refresh=False)
+            total, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
+            log("charts", {"episodic_return": total, "episodic_length": length})
+            log(f"charts/{names[task]}", {"episodic_return": total})
+            bar.set_postfix_str(f"{names[task]}: return={total:.1f}", refresh=False)
             if stop:
                 break
             if ends or global_step // interval > (global_step - length) // interval:

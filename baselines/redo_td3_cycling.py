@@ -187,9 +187,9 @@ def neuron_statistics(hidden):
 def recycle_dormant_(network, hidden, optimizer, tau, generator):
     """Draws the incoming weights of tau-dormant neurons anew and zeroes their outgoing ones -> number of neurons.
 
-    hidden: activations [batch, n_l] of each hidden layer, from before anything changes; generator: a CPU one. Between
-    two dormant neurons the weight becomes 0, and so do their biases and Adam's moments of all of these, not its step
-    count.
+    hidden: activations [batch, n_l] of each hidden layer, from before anything changes; generator: a CPU one. A weight
+    between two dormant neurons becomes 0, and so do the biases of dormant neurons, and Adam's moments of all of these;
+    its step count stays.
     """
     layers, dormant = list(network.children()), [dormant_scores(h) <= tau for h in hidden]
     for layer, rows in zip(layers[:-1], dormant, strict=True):
@@ -458,10 +458,10 @@ def main(args):
             bar.update()
         if done:
             # the counts that make info["episode"], which an episode that is cut off has not
-            episodic_return, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
-            log("charts", {"episodic_return": episodic_return, "episodic_length": length})
-            log(f"charts/{names[task]}", {"episodic_return": episodic_return})
-            bar.set_postfix_str(f"{names[task]}: return={episodic_return:.1f}", refresh=False)
+            total, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
+            log("charts", {"episodic_return": total, "episodic_length": length})
+            log(f"charts/{names[task]}", {"episodic_return": total})
+            bar.set_postfix_str(f"{names[task]}: return={total:.1f}", refresh=False)
             if stop:
                 break
             if ends or global_step // interval > (global_step - length) // interval:

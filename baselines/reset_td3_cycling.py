@@ -193,13 +193,11 @@ def reset_steps(args):
     return sorted(steps | set(range(args.task_steps, total, args.task_steps) if args.reset_at_switch else []))
 
 
-# --- Reset: a network and its optimizer start afresh (Nikishin et al. 2022, section 4) ---
-@torch.no_grad()
+# --- Reset: a network and its optimizer start afresh (Nikishin et al. 2022) ---
 def reset_(network, optimizer, what="networks", last_layers=1):
-    """Draws layers anew and empties the optimizer's state of them -> their state dict, which a target may load.
+    """Draws layers anew and empties the optimizer's state of them -> their state dict, for the network's target.
 
-    what: networks, all layers; last_layers, that many; optimizers, all layers' state, but the weights stay.
-    (The three are compared by Lyle et al. 2023, arXiv 2303.01486)
+    what: networks, the last_layers ones, or optimizers: all state is emptied, no layer drawn (Lyle et al. 2023).
     """
     layers, drawn = list(network.named_children()), {}
     for name, layer in layers[-last_layers:] if what == "last_layers" else layers:
@@ -444,9 +442,8 @@ def main(args):
                 rb.added = 0  # the next visit's buffer starts empty
         # --- Reset: every reset_interval environment steps, and at switches if asked for; the buffer stays ---
         if global_step in reset_steps(args):
-            for name, network in networks.items():
-                optimizer = actor_optimizer if name == "actor" else q_optimizer
-                drawn = reset_(network, optimizer, args.reset_what, args.reset_last_layers)
+            for name, optimizer in (("actor", actor_optimizer), ("qf1", q_optimizer), ("qf2", q_optimizer)):
+                drawn = reset_(networks[name], optimizer, args.reset_what, args.reset_last_layers)
                 targets[name].load_state_dict(drawn, strict=False)
             log("reset", {"number": reset_steps(args).index(global_step) + 1})
         # --- end Reset ---
@@ -455,10 +452,10 @@ def main(args):
             bar.update()
         if done:
             # the counts that make info["episode"], which an episode that is cut off has not
-            episodic_return, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
-            log("charts", {"episodic_return": episodic_return, "episodic_length": length})
-            log(f"charts/{names[task]}", {"episodic_return": episodic_return})
-            bar.set_postfix_str(f"{names[task]}: return={episodic_return:.1f}", refresh=False)
+            total, length = (env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
+            log("charts", {"episodic_return": total, "episodic_length": length})
+            log(f"charts/{names[task]}", {"episodic_return": total})
+            bar.set_postfix_str(f"{names[task]}: return={total:.1f}", refresh=False)
             if stop:
                 break
             if ends or global_step // interval > (global_step - length) // interval:

@@ -58,7 +58,7 @@ def of_visit(run, visit):
 
 
 def summarise(run):
-    """A complete run -> relearning [cycles - 1, tasks], final return [tasks], retention [visits, tasks]; nan: undefined."""
+    """A complete run -> relearning [cycles - 1, tasks], final return [tasks], retention [visits, tasks]."""
     tasks, random, after = len(run["tasks"]), run["returns"][0], run["returns"][1:]
     if len(after) < tasks * run["cycles"]:
         raise ValueError(f"{len(after)} of {tasks * run['cycles']} visits have ended")
@@ -98,11 +98,9 @@ def interval(values):
     The interval is nan for fewer than three seeds.
     """
     ends = np.full((3, values.shape[1]), np.nan)
-    for column, defined in enumerate(np.isfinite(values)[:, i] for i in range(values.shape[1])):
-        x = values[defined, column]
-        if len(x) == 0:
-            continue
-        ends[:, column] = x.mean(), np.nan, np.nan
+    for column, x in enumerate(values.T):
+        x = x[np.isfinite(x)]
+        ends[0, column] = mean(x)
         if len(x) >= MIN_SEEDS:
             half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
             ends[1:, column] = x.mean() - half, x.mean() + half

@@ -2,14 +2,15 @@
 
 python benchmark/report.py runs                      # every run anywhere below runs/, into runs/report/
 python benchmark/report.py benchmark/results/NAME    # draws a published result again, from its CSV files alone
-python benchmark/report.py --readme                  # does so for all that README.md shows, and puts the tables there
+python benchmark/report.py --readme                  # does so for all that the pages show, and puts the tables there
 
 A run is a folder <task>__<script>__<seed>__<unix time> with event files: this project's, or another one's with the same
-tags (charts/episodic_return). Runs of a cycle of tasks are left out.
+tags (charts/episodic_return). Runs of a cycle of tasks have a section of their own, by benchmark/cycling.py.
 """
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -26,9 +27,12 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rliable import library, metrics
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
 
 matplotlib.use("Agg")
+sys.path.append(str(Path(__file__).resolve().parent))
+import cycling
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +41,7 @@ REPS = 10_000  # bootstrap resamples of a number in a table
 BAND_REPS = 2_000  # and of each point of a learning curve
 BINS = 20  # training returns are averaged within so many equal parts of the run
 POINTS = 50  # of a curve of neurons in curves.csv, at most
-# Task: return of random actions, and of TD3 after a million steps. These are the TD3 scores of the TD7 paper as listed
-# in SimbaV2's code (DAVIAN-Robotics/SimbaV2 @86899c2, scale_rl/envs/mujoco.py) and attributed there; not checked
-# against the paper. gym 0.25, MuJoCo 2.3.3.
+# Task: return of random actions, and of TD3 after a million steps; from where, SOURCE says
 NORMALISATION = {
     "HalfCheetah-v4": (-289.415, 10574),
     "Hopper-v4": (18.791, 3226),
@@ -47,6 +49,7 @@ NORMALISATION = {
     "Ant-v4": (-70.288, 3942),
     "Humanoid-v4": (120.423, 5165),
 }
+PAGES = ("README.md", "docs/*.md", "baselines/README.md", "benchmark/README.md")
 SCORE = "(return - random) / (TD3 at 1M steps - random)"
 SOURCE = (
     "TD3 scores of the TD7 paper as listed in SimbaV2's code (DAVIAN-Robotics/SimbaV2 @86899c2, "
@@ -71,10 +74,24 @@ EVENTS = {
     "change_by_pruning": (r"ne/\w+/output_change_pruning", "max"),
     "review_share": (r"ne/review_share", "mean"),
 }
+PARENTS = ("td3_continuous", "td3_cycling", "drq_pixels")
 JOB = ["command", "versions", "machine", "commit"]
 RUN_COLUMNS = ["task", "method", "seed", "steps", "final_return", "returns", "wall_clock_s", "steps_per_s", "settings"]
 RUN_COLUMNS += ["events", *EVENTS]
 CURVE_COLUMNS = ["task", "method", "seed", "tag", "step", "value"]
+CYCLES = """
+Relearning: area of a later visit's evaluation curve minus that of the task's first visit; retention: what is left of a
+task's gain after visits to other ones; both as shares of the task's gain, its highest evaluation minus the return of
+random actions. Final return: after the last visit to the task. Mean over the seeds, from three seeds on with its 95 %
+t interval, then each seed.
+"""
+HEADINGS = {
+    "returns": "Returns",
+    "aggregate": "Aggregate over the tasks",
+    "improvement": "Probability of improvement",
+    "events": "What the events of NE did",
+    "cycles": "Cycles",
+}
 PICTURES = ["learning_curves.png", "aggregate.png", "improvement.png", "neurons.png", "sensitivity.png"]
 
 
@@ -93,9 +110,22 @@ def fail(text):
 def read_json(path):
     """A file's JSON object; an empty one if there is no such file."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
+
+
+def read_logs(folder):
+    """A run's scalars -> table of file, tag, step, value and wall_time, without what a resumed run has made void."""
+    rows = []
+    for file, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.status == event.session_log.START:  # what SummaryWriter(purge_step=...) writes
+                rows = [row for row in rows if row[2] < event.step]
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    rows.append((file, value.tag, event.step, make_ndarray(value.tensor).item(), event.wall_time))
+    return pd.DataFrame(rows, columns=["file", "tag", "step", "value", "wall_time"])
 
 
 def read_run(folder):
@@ -104,35 +134,31 @@ def read_run(folder):
     if not name:
         raise ValueError("its name is not <task>__<script>__<seed>__<unix time>")
     args = read_json(folder / "args.json")
+    run = {"folder": folder, "own": bool(args), "script": name[2], "time": int(name[4])}
+    run["args"] = {key: value for key, value in args.items() if not NOT_THE_METHOD.fullmatch(key)}
     if "env_ids" in args:
-        raise ValueError("a run of a cycle of tasks")
-    logs, wall_clock, covered = [], 0.0, 0
-    for path in sorted(folder.glob("events.out.tfevents.*")):  # a resumed run has several
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        try:
-            events.Reload()
-        except Exception as error:  # whatever the content makes the reader raise
-            raise ValueError(f"{path.name} cannot be read: {error}") from error
-        scalars = [(tag, e.step, e.value, e.wall_time) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
-        if scalars:
-            logs.append(pd.DataFrame(scalars, columns=["tag", "step", "value", "wall_time"]))
-            wall_clock += np.ptp(logs[-1]["wall_time"])
-            covered += np.ptp(logs[-1]["step"])
-    if not logs:
+        cycling.numbers(cycle := cycling.read(folder))  # ValueError if it has not ended
+        of = f"{plural([cycle['cycles']], 'cycle')} with {plural([cycle['task_steps']], 'step')} a visit"
+        task = f"{', '.join(cycle['tasks'])}: {of}"
+        return run | cycle | {"task": task, "steps": len(cycle["returns"]) - 1}
+    logs = read_logs(folder)
+    if logs.empty:
         raise ValueError("no scalars in its event files")
-    logs = pd.concat(logs)
+    spans = logs.groupby("file")[["step", "wall_time"]].agg(np.ptp).sum()  # a resumed run has several files
     steps, logs = int(logs["step"].max()), logs[logs["tag"].map(lambda tag: bool(TAGS.fullmatch(tag)))]
-    if not logs["tag"].str.endswith("/episodic_return").any():
+    returns = logs[logs["tag"].str.endswith("/episodic_return")]
+    if returns.empty:
         raise ValueError("no charts/episodic_return in its event files")
+    if not np.isfinite(returns["value"]).all():
+        raise ValueError(f"a return at step {returns['step'][~np.isfinite(returns['value'])].min()} is not finite")
     job = read_json(folder.parent.parent / "job.json")
     job = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.items()}
     return {
-        **{"folder": folder, "own": bool(args), "script": name[2], "time": int(name[4])},
-        **{"total": args.get("total_timesteps", 0)},
-        **{"task": args.get("env_id", name[1]), "seed": int(args.get("seed", name[3])), "steps": steps},
-        **{"wall_clock_s": wall_clock, "steps_per_s": covered / wall_clock if wall_clock else math.nan},
+        **run | {"total": int(args.get("total_timesteps", 0)), "steps": steps},
+        **{"task": str(args.get("env_id", name[1])), "seed": int(args.get("seed", name[3]))},
+        **{"wall_clock_s": spans["wall_time"]},
+        **{"steps_per_s": spans["step"] / spans["wall_time"] if spans["wall_time"] else math.nan},
         **{key: job.get(key, "") for key in JOB},
-        **{"args": {key: value for key, value in args.items() if not NOT_THE_METHOD.fullmatch(key)}},
         **{"logs": logs.sort_values("step", kind="stable")},
     }
 
@@ -158,7 +184,8 @@ def finished(runs):
     """The runs that have ended and reached the most common last step of their task; says which have not."""
     ended, kept = [], []
     for run in runs:
-        if run["own"] and not (run["folder"] / "model.pt").exists() and run["steps"] < run["total"]:
+        ended_there = run["folder"] / "models" / f"{run['total']}.pt"
+        if run["own"] and not ended_there.exists() and run["steps"] < run["total"]:
             say(f"left out {run['folder']}: at step {run['steps']} of {run['total']}; --unfinished takes it in")
         else:
             ended.append(run)
@@ -224,13 +251,14 @@ def collect(folder, out, unfinished=False):
     folders = {path.parent for path in folder.rglob("events.out.tfevents.*") if path.is_file()}
     if not folders:
         fail(f"no run in {folder}: there is no events.out.tfevents.* anywhere below it; give the folder of your runs")
-    runs = []
+    runs, cycles = [], []
     if folder.resolve() in out.resolve().parents:
         folders = {path for path in folders if out.resolve() not in path.resolve().parents}
     for path in sorted(folders):
         try:
-            runs.append(read_run(path))
-        except (ValueError, OSError) as error:
+            run = read_run(path)
+            (cycles if "cycles" in run else runs).append(run)
+        except Exception as error:  # whatever odd files make the readers raise
             say(f"skipped {path}: {error}")
     runs = runs if unfinished else finished(runs)
     name_methods(runs)
@@ -249,15 +277,36 @@ def collect(folder, out, unfinished=False):
             kept.append(run | events_of(run["logs"]))
             for short, curve in of_run.items():
                 curves.append(curve.assign(task=task, method=run["method"], seed=run["seed"], tag=short))
-    if not kept:
+    if not kept and not cycles:
         fail(f"no run in {folder} can be used, for the reasons above")
     out.mkdir(parents=True, exist_ok=True)
+    collect_cycles(cycles, out)
+    kept, curves = kept or pd.DataFrame(columns=RUN_COLUMNS + JOB), curves or [pd.DataFrame(columns=CURVE_COLUMNS)]
     for name, frame, columns, digits in (
         ("runs.csv", pd.DataFrame(kept), RUN_COLUMNS + JOB, "%.9g"),
         ("curves.csv", pd.concat(curves).sort_values(["tag", "step"]), CURVE_COLUMNS, "%.6g"),
     ):
         frame = frame[columns].sort_values(["task", "method", "seed"], kind="stable")
         frame.to_csv(out / name, index=False, float_format=digits, lineterminator="\n")
+
+
+def collect_cycles(runs, out):
+    """Writes cycles.md, a table for each cycle of tasks, and a picture for each of its methods; removes older ones."""
+    for old in (out / "cycles.md", *out.glob("cycle_*.png")):
+        old.unlink(missing_ok=True)
+    name_methods(runs)
+    parts = []
+    for task in sorted({run["task"] for run in runs}):
+        of_task, methods = without_duplicates([run for run in runs if run["task"] == task]), {}
+        for run in sorted(of_task, key=lambda run: methods_order(run["method"])):
+            methods.setdefault(run["method"], []).append(run)
+        for number, (method, of_method) in enumerate(methods.items(), 1):
+            name = re.sub(r"[^\w.-]+", "_", f"{task.split(':')[0]}_{number}_{method}")
+            cycling.draw(out / f"cycle_{name}.png", of_method)
+        table = cycling.table({f"`{method}`": of_method for method, of_method in methods.items()})
+        parts += [f"**{task}**.\n", table]
+    if parts:
+        (out / "cycles.md").write_text("\n".join([*parts, CYCLES]))
 
 
 # ===== Numbers, all from the two tables =====
@@ -278,14 +327,14 @@ def load(folder):
     return *frames, checksum
 
 
+def methods_order(name):
+    """What sorts the methods: NE, TD3 or another parent, others; settings that are numbers by their size."""
+    words = [(0, float(w), "") if re.fullmatch(r"[\d.e+-]*\d", w) else (1, 0, w) for w in re.split("[ =]", name)]
+    return not name.startswith("ne_"), name.split()[0] not in PARENTS, words
+
+
 def methods_of(runs):
-    """The methods in their order: NE, TD3, others."""
-
-    def order(name):
-        words = [(0, float(w), "") if re.fullmatch(r"[\d.e+-]*\d", w) else (1, 0, w) for w in re.split("[ =]", name)]
-        return not name.startswith("ne_"), name.split()[0] != "td3_continuous", words  # numbers by their size
-
-    return sorted(runs["method"].unique(), key=order)
+    return sorted(runs["method"].unique(), key=methods_order)
 
 
 def iqm(scores, axis=None):
@@ -345,11 +394,11 @@ def aggregate(runs):
 
 
 def improvements(runs, method):
-    """The probability that a run of `method` ends above one of each other method, on the tasks that both have."""
-    rows = []
+    """The probability that a run of `method` ends above one of each other method, where both have seeds to compare."""
+    rows, counts = [], runs.groupby(["method", "task"]).size()
+    several = {name: {task for of, task in counts.index[counts > 1] if of == name} for name in methods_of(runs)}
     for other in methods_of(runs):
-        both = [set(runs[runs["method"] == name]["task"]) for name in (method, other)]
-        tasks = sorted(both[0] & both[1])
+        tasks = sorted(several[method] & several[other])  # one run says nothing about the next one
         if other == method or not tasks:
             continue
         x, y = final_scores(runs, method, tasks), final_scores(runs, other, tasks)
@@ -359,8 +408,8 @@ def improvements(runs, method):
             rows.append([other, tasks, len(x), len(y), improvement(x, y), low, high])
         else:  # without an interval, which takes as many seeds on each task, all runs count
             each = [[final_scores(runs, name, [task]) for name in (method, other)] for task in tasks]
-            counts = [" + ".join(str(len(pair[k])) for pair in each) for k in (0, 1)]
-            rows.append([other, tasks, *counts, np.mean([improvement(*pair) for pair in each]), np.nan, np.nan])
+            counts_of = [" + ".join(str(len(pair[k])) for pair in each) for k in (0, 1)]
+            rows.append([other, tasks, *counts_of, np.mean([improvement(*pair) for pair in each]), np.nan, np.nan])
     return pd.DataFrame(rows, columns=["method", "tasks", "n", "m", "probability", "low", "high"])
 
 
@@ -475,27 +524,24 @@ def seeds_note(runs, tasks):
     )
 
 
-def improvement_section(table, method):
+def improvement_section(table, method, methods):
+    without = [f"`{other}`" for other in methods if other not in (method, *table["method"])]
+    note = (
+        f"No probability of improvement, as no task has two seeds of both: {', '.join(without)}.\n" if without else ""
+    )
     if table.empty:
-        return "There is only one method, so no probability of improvement.\n"
+        return "There is only one method, so no probability of improvement.\n" if len(methods) == 1 else note
     text = (
-        f"Probability that a run of `{method}` ends above a run of the other method, mean over the tasks that both "
-        "have; ties count half. Seeds: on each of these tasks. Where there is an interval, the first "
+        f"Probability that a run of `{method}` ends above a run of the other method, mean over the tasks where both "
+        "have two seeds or more; ties count half. Seeds: on each of these tasks. Where there is an interval, the first "
         "seeds count, as many as a method has on all of them.\n"
     )
     rows = []
     for row in table.itertuples():
         few = "too few seeds" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
         rows.append([f"`{row.method}`", ", ".join(row.tasks), row.n, row.m, f"{row.probability:.2f}", few])
-    return "\n".join(
-        [text, markdown(["over", "tasks", "its seeds", "the other's", "probability", "95 % interval"], rows)]
-    )
-
-
-def tables(folder, of=None):
-    """The sections of a folder's report, from its CSV files -> {name: Markdown}."""
-    runs, curves, _ = load(Path(folder))
-    return compute(runs, curves, of)[0]
+    head = ["over", "tasks", "its seeds", "the other's", "probability", "95 % interval"]
+    return "\n".join([text, markdown(head, rows), *[note] * bool(note)])
 
 
 def compute(runs, curves, of=None):
@@ -509,7 +555,7 @@ def compute(runs, curves, of=None):
     sections = {
         "returns": returns_section(runs, curves),
         "aggregate": aggregate_section(scores, left_out),
-        "improvement": improvement_section(over, of),
+        "improvement": improvement_section(over, of, methods),
         "events": events_section(runs),
     }
     if not scores.empty and (note := seeds_note(runs, scores["tasks"][0])):
@@ -517,7 +563,7 @@ def compute(runs, curves, of=None):
     return sections, {"aggregate": scores, "each": each, "improvement": over, "of": of}
 
 
-# ===== Pictures =====
+# ===== Pictures; each function returns why there is none, if so =====
 
 
 def styles(methods):
@@ -617,6 +663,8 @@ def few_text(table, dots):
 
 
 def draw_aggregate(table, each, style, file, checksum):
+    if table.empty:
+        return "no task that all methods have and that has a normalisation"
     methods, tasks = list(table["method"]), table["tasks"][0]
     figure, panels = grid(2, 2, height=0.35 * len(methods) + 1)
     dots = {method: scores.ravel() for method, scores in each.items()}
@@ -631,6 +679,8 @@ def draw_aggregate(table, each, style, file, checksum):
 
 
 def draw_improvement(table, of, style, file, checksum):
+    if table.empty:
+        return "no two methods with two seeds each on a task"
     figure, (panel,) = grid(1, 1, width=7, height=0.35 * len(table) + 0.8)
     panel.axvline(0.5, color="black", linewidth=1, linestyle="--")
     draw_points(panel, style, list(table["method"]), table["probability"], table["low"], table["high"])
@@ -639,6 +689,8 @@ def draw_improvement(table, of, style, file, checksum):
 
 
 def draw_neurons(runs, curves, file, checksum):
+    if not curves["tag"].isin(NEURONS).any():
+        return "nothing about neurons was logged"
     methods, tasks = methods_of(runs), sorted(runs["task"].unique())
     labels = ["dormant share, actor", "dormant share, critics", "density"]
     figure, panels = grid(3 * len(tasks), 3, width=3.5, height=2.4)
@@ -678,6 +730,8 @@ def varied_arguments(runs):
 
 
 def draw_sensitivity(found, file, checksum):
+    if not found:
+        return "no numeric argument was varied alone over three values"
     figure, panels = grid(len(found), 3)
     for panel, (task, script, name, base, group) in zip(panels, found, strict=True):
         values = sorted(group["value"].unique())
@@ -701,40 +755,29 @@ def draw_sensitivity(found, file, checksum):
 
 def draw(folder, of=None):
     """Writes report.md and the pictures of the CSV files in a folder, into the same -> {section: Markdown}."""
-    runs, curves, checksum = load(folder)
-    sections, numbers = compute(runs, curves, of)
+    (runs, curves, checksum), sections, missing = load(folder), {}, {}
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)  # one of other data must not stay
-    style, found = styles(methods_of(runs)), varied_arguments(runs)
-    draw_curves(runs, curves, folder / "learning_curves.png", checksum)
-    missing = {}
-    if numbers["aggregate"].empty:
-        missing["aggregate.png"] = "no task that all methods have and that has a normalisation"
-    else:
-        draw_aggregate(numbers["aggregate"], numbers["each"], style, folder / "aggregate.png", checksum)
-    if numbers["improvement"].empty:
-        missing["improvement.png"] = "only one method"
-    else:
-        draw_improvement(numbers["improvement"], numbers["of"], style, folder / "improvement.png", checksum)
-    if curves["tag"].isin(NEURONS).any():
-        draw_neurons(runs, curves, folder / "neurons.png", checksum)
-    else:
-        missing["neurons.png"] = "nothing about neurons was logged"
-    if found:
-        draw_sensitivity(found, folder / "sensitivity.png", checksum)
-    else:
-        missing["sensitivity.png"] = "no numeric argument was varied alone over three values"
+    if len(runs):
+        sections, numbers = compute(runs, curves, of)
+        style, over = styles(methods_of(runs)), numbers["improvement"]
+        reasons = [  # why there is no such picture
+            draw_curves(runs, curves, folder / PICTURES[0], checksum),
+            draw_aggregate(numbers["aggregate"], numbers["each"], style, folder / PICTURES[1], checksum),
+            draw_improvement(over, numbers["of"], style, folder / PICTURES[2], checksum),
+            draw_neurons(runs, curves, folder / PICTURES[3], checksum),
+            draw_sensitivity(varied_arguments(runs), folder / PICTURES[4], checksum),
+        ]
+        missing = {name: reason for name, reason in zip(PICTURES, reasons, strict=True) if reason}
+    if (folder / "cycles.md").exists():
+        sections["cycles"] = (folder / "cycles.md").read_text()
     about = "each run, with its command, versions, machine and commit where they are known"
     parts = ["# Report\n", f"Drawn by `benchmark/report.py` from `runs.csv` ({about}) and `curves.csv`.\n"]
-    for name, heading in (
-        ("returns", "Returns"),
-        ("aggregate", "Aggregate over the tasks"),
-        ("improvement", "Probability of improvement"),
-        ("events", "What the events of NE did"),
-    ):
-        parts += [f"## {heading}\n", sections[name]] if sections[name] else []
+    for name, heading in HEADINGS.items():
+        parts += [f"## {heading}\n", sections[name]] if sections.get(name) else []
     parts.append("## Pictures\n")
-    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in PICTURES if name not in missing]
+    drawn = [folder / name for name in PICTURES if (folder / name).exists()] + sorted(folder.glob("cycle_*.png"))
+    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn]
     parts += [f"Without `{name}`: {reason}.\n" for name, reason in missing.items()]
     (folder / "report.md").write_text("\n".join(parts))
     return sections
@@ -749,36 +792,33 @@ def table_of(path):
     return markdown(rows[0], rows[1:])
 
 
-def fill_readme(readme, results):
-    """Redraws the results that a README shows and puts their sections between its markers.
+def fill_pages(pages, results):
+    """Redraws the results that pages show and puts their sections between the markers; all pages, or none.
 
     <!-- report NAME SECTION --> ... <!-- end report -->: NAME is a folder of `results`.
     <!-- table NAME --> ... <!-- end table -->: NAME.csv of `results` as it is.
     """
-    drawn = {}
+    start = r"(?P<start>^<!-- (?P<kind>report|table) (?P<name>\S+)(?: (?P<section>\S+))? -->\n)"
+    end = r"(?:(?:(?!^<!-- (?:report|table) ).)*?(?P<end>^<!-- end (?P=kind) -->$))?"
+    block, drawn, filled = re.compile(start + end, re.MULTILINE | re.DOTALL), {}, {}
 
-    def section(found):
-        name, wanted = found["name"], found["section"]
+    def fill(found, page):
+        kind, name, section = found["kind"], found["name"], found["section"]
+        if not found["end"]:
+            fail(f"{page.name} has a <!-- {kind} ... --> without its <!-- end {kind} -->")
+        if kind == "table":
+            return found["start"] + table_of(results / f"{name}.csv") + found["end"]
         if not (results / name).is_dir():
-            fail(f"{readme.name} shows the result {name}, but there is no folder {results / name}")
-        if name not in drawn:
-            drawn[name] = draw(results / name)
-        if wanted not in drawn[name]:
-            fail(f"{readme.name} shows the section {wanted} of {name}; there is {', '.join(drawn[name])}")
-        return f"{found['start']}\n{drawn[name][wanted]}{found['end']}"
+            fail(f"{page.name} shows the result {name}, but there is no folder {results / name}")
+        drawn[name] = drawn.get(name) or draw(results / name)
+        if section not in drawn[name]:
+            fail(f"{page.name} shows the section {section} of {name}; there is {', '.join(drawn[name])}")
+        return found["start"] + drawn[name][section] + found["end"]
 
-    start = r"^(?P<start><!-- report (?P<name>\S+) (?P<section>\S+) -->)$"
-    block = rf"{start}\n(?:(?!^<!-- report ).)*?(?P<end>^<!-- end report -->)$"
-    old = readme.read_text()
-    text, replaced = re.subn(block, section, old, flags=re.MULTILINE | re.DOTALL)
-    if replaced != len(re.findall(start, old, flags=re.MULTILINE)):
-        fail(f"{readme.name} has a <!-- report ... --> without its <!-- end report -->")
-
-    def table(found):
-        return f"{found['start']}\n{table_of(results / (found['name'] + '.csv'))}{found['end']}"
-
-    start = r"(?P<start><!-- table (?P<name>\S+) -->)"
-    readme.write_text(re.sub(rf"{start}\n.*?(?P<end><!-- end table -->)", table, text, flags=re.DOTALL))
+    for page in pages:
+        filled[page] = block.sub(functools.partial(fill, page=page), page.read_text())
+    for page, text in filled.items():
+        page.write_text(text)
 
 
 def main(words=None):
@@ -789,10 +829,11 @@ def main(words=None):
     )
     parser.add_argument("--of", metavar="METHOD", help="method whose probability of improvement is shown; default: NE")
     parser.add_argument("--unfinished", action="store_true", help="take in runs that ended before most of their task")
-    parser.add_argument("--readme", action="store_true", help="redraw what README.md shows, put its tables there")
+    parser.add_argument("--readme", action="store_true", help="redraw what the pages show, put the tables there")
     args = parser.parse_args(words)
     if args.readme:
-        return fill_readme(ROOT / "README.md", ROOT / "benchmark" / "results")
+        pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+        return fill_pages(pages, ROOT / "benchmark" / "results")
     if args.folder is None or not args.folder.is_dir():
         fail(
             f"there is no folder {args.folder}; give the folder of your runs"
@@ -805,8 +846,9 @@ def main(words=None):
         collect(args.folder, out, args.unfinished)
     elif out.resolve() != args.folder.resolve():
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("runs.csv", "curves.csv"):
-            shutil.copyfile(args.folder / name, out / name)
+        kept = [path for pattern in ("*.csv", "cycles.md", "cycle_*.png") for path in args.folder.glob(pattern)]
+        for path in kept:
+            shutil.copyfile(path, out / path.name)
     draw(out, args.of)
     print(f"{out / 'report.md'}, with its pictures and CSV files")
 

@@ -7,9 +7,9 @@
 What stands after -- goes to the scripts, an argument that only some of them have to those alone. A cycling script takes
 all of --env-ids as its cycle. Each run has a folder of its own in --runs, with its log (log.txt), how it came about
 (job.json) and what the script writes (runs/). A run whose process, worker or node dies is started again and goes on
-from its checkpoint. The same command, given again after an interruption, skips what is finished and goes on with the
-rest; with more seeds or tasks it runs what is new. On a cluster, the repository and --runs must have the same path on
-all nodes, on a file system that they share.
+from its checkpoint. Ctrl-C or SIGTERM: each run writes a checkpoint, then the sweep ends. The same command, given again
+after an interruption, skips what is finished and goes on with the rest; with more seeds or tasks it runs what is new.
+On a cluster, the repository and --runs must have the same path on all nodes, on a file system that they share.
 """
 
 import argparse
@@ -128,10 +128,13 @@ def all_jobs(args, words):
 # ===== One run, on a worker =====
 
 
-def die_with_parent():
-    """Has the kernel kill this process when the one that started it dies (Linux)."""
+def before_a_run():
+    """Makes the process that becomes a run heed signals; on Linux it gets SIGHUP when its worker dies."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # what a shell or nohup had the sweep ignore
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGHUP)  # PR_SET_PDEATHSIG
 
 
 def provenance(job):
@@ -154,7 +157,7 @@ def provenance(job):
     }
 
 
-def until_free(lock, seconds=60):
+def until_free(lock, seconds=120):
     """Takes the lock of a run's folder, waiting for a process that holds it to end -> whether that was possible."""
     end = time.monotonic() + seconds
     while True:
@@ -169,15 +172,17 @@ def until_free(lock, seconds=60):
 def is_finished(folder):
     """Whether a run in a job's folder has kept its last step's weights."""
     for path in Path(folder).glob("runs/*/args.json"):
-        args = json.loads(path.read_text())
-        steps = args.get("total_timesteps") or len(args["env_ids"]) * args["cycles"] * args["task_steps"]
-        if (path.parent / "models" / f"{steps}.pt").exists():
-            return True
+        with contextlib.suppress(ValueError, KeyError):  # not whole: killed while it began
+            args = json.loads(path.read_text())
+            steps = args.get("total_timesteps") or len(args["env_ids"]) * args["cycles"] * args["task_steps"]
+            if (path.parent / "models" / f"{steps}.pt").exists():
+                return True
     return False
 
 
 def run(job, gpus):
-    """Starts a job's run, or goes on with it -> (exit code, last line of its log); Died if its process was killed."""
+    """Starts a job's run, or goes on with it -> (exit code, what its log says); Died if its process was killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels through it, even if it was ignored
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -202,18 +207,19 @@ def run(job, gpus):
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the sweep
                 pass_fds=[lock.fileno()],  # the run is locked for as long as its process lives
-                preexec_fn=die_with_parent,
+                preexec_fn=before_a_run,
             )
             try:
                 while (code := process.poll()) is None:  # a wait in the kernel would not notice being cancelled
                     time.sleep(0.2)
             except KeyboardInterrupt:  # cancelled: let it write a checkpoint
-                process.terminate()
+                process.send_signal(signal.SIGHUP)  # unlike a second SIGTERM it never ends a run at once
                 process.wait()
                 raise
         if code < 0:
             raise Died(f"{signal.Signals(-code).name}")
-        return code, tail(folder)[-1]
+        lines = tail(folder)
+        return code, next((line.strip("│ ") for line in lines[::-1] if re.search("error.*:", line, re.I)), lines[-1])
 
 
 # ===== Progress =====
@@ -266,95 +272,21 @@ def live_table(jobs, states):
 
 # ===== The sweep =====
 
-
-def sweep(jobs, args):
-    """Runs the jobs; ends the process with 1 if one failed, with 130 when interrupted."""
-    states = {job["folder"]: "finished" for job in jobs if is_finished(job["folder"])}
-    left = [job for job in jobs if job["folder"] not in states]
-    console, failures = Console(), {}
-    if not left:
-        return states, failures
-    resources = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run}
-    remote = ray.remote(**resources, max_retries=args.retries, retry_exceptions=[Died])(run)
-    refs = {remote.remote(job, args.gpus_per_run): job for job in left}
-    shown = time.monotonic()
-    live = (
-        Live(live_table(jobs, states), console=console, refresh_per_second=1, transient=True)
-        if console.is_terminal
-        else None
-    )
-    try:
-        with live or contextlib.nullcontext():
-            while refs:
-                done, _ = ray.wait(list(refs), timeout=1)
-                if stopping:
-                    raise KeyboardInterrupt
-                for ref in done:
-                    job = refs.pop(ref)
-                    try:
-                        code, line = ray.get(ref)
-                    except ray.exceptions.RayError as error:  # it died more often than it may be started again
-                        code, line = 1, f"its process died again and again ({type(error).__name__})"
-                    states[job["folder"]] = "failed" if code else "finished"
-                    if code:
-                        failures[job["folder"]] = line
-                    if not live:
-                        said = f"{states[job['folder']]}: {Path(job['folder']).name}"
-                        print(f"{said} {line}" if code else said, flush=True)
-                if live:
-                    live.update(live_table(jobs, states))
-                elif time.monotonic() - shown > 60:
-                    shown = time.monotonic()
-                    print(count(jobs, states), flush=True)
-    except KeyboardInterrupt:
-        print("stopping: each run writes a checkpoint at the end of its episode", file=sys.stderr, flush=True)
-        for ref in refs:
-            ray.cancel(ref)
-        for job in refs.values():
-            with contextlib.suppress(FileNotFoundError), open(Path(job["folder"]) / "lock") as lock:
-                until_free(lock, seconds=120)
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    return states, failures
+stopping = []  # signals that came; an exception could be lost in Ray's callbacks
 
 
-stopping = []  # signals that came: an exception alone may be lost in Ray's callbacks
-
-
-def interrupt(number, frame):
+def stop(number, frame):
+    """The first signal stops the sweep, a second one at once."""
+    if stopping:
+        os._exit(128 + number)
     stopping.append(number)
-    raise KeyboardInterrupt
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scripts", nargs="+", required=True, metavar="FILE", help="training scripts")
-    parser.add_argument("--env-ids", nargs="+", required=True, metavar="TASK", help="tasks, as in --env-id")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 ... N (default: 1)")
-    parser.add_argument("--runs", default="runs", help="folder of the runs (default: runs)")
-    axis = "another axis: an argument of the scripts and its values; may be given several times"
-    parser.add_argument("--grid", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help=axis)
-    parser.add_argument("--address", help="address of a Ray cluster (default: this machine alone)")
-    parser.add_argument("--cpus-per-run", type=float, default=1, help="cores that a run takes (default: 1)")
-    gpus = "GPUs that a run takes, may be a fraction (default: 0, runs on the CPU)"
-    parser.add_argument("--gpus-per-run", type=float, default=0, help=gpus)
-    retries = "how often a run that died may be started again within one sweep (default: 3)"
-    parser.add_argument("--retries", type=int, default=3, help=retries)
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:cut])
-    for name, low in (("seeds", 1), ("retries", 0), ("cpus_per_run", 0), ("gpus_per_run", 0)):
-        if not getattr(args, name) >= low:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
-    for axis in args.grid:
-        if len(axis) < 2:
-            fail(f"--grid {axis[0]}: needs values, as in --grid initial-density 0.1 0.25 0.5")
-    jobs = all_jobs(args, words[cut + 1 :])
-
+def start_ray(args):
+    """Connects to the cluster, or makes one of this machine; from then on signals stop the sweep in order."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # as fast as a run that is started by hand
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    signal.signal(signal.SIGTERM, interrupt)
     if args.address not in (None, "auto"):  # Ray itself would try for a quarter of an hour
         host, _, port = args.address.removeprefix("ray://").rpartition(":")
         try:
@@ -373,7 +305,84 @@ def main():
         largest = max(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
         if needed > largest:
             fail(f"--{name.lower()}s-per-run {needed:g}: no machine has more than {largest:g}")
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has set a handler of its own
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
+            signal.signal(number, stop)
+
+
+def sweep(jobs, args):
+    """Runs the jobs -> ({folder: state}, {folder: why its run failed}); ends the process after a signal."""
+    states = {job["folder"]: "finished" for job in jobs if is_finished(job["folder"])}
+    left = [job for job in jobs if job["folder"] not in states]
+    console, failures = Console(), {}
+    if not left:
+        return states, failures
+    start_ray(args)
+    resources = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run}
+    remote = ray.remote(**resources, max_retries=args.retries, retry_exceptions=[Died])(run)
+    refs = {remote.remote(job, args.gpus_per_run): job for job in left}
+    shown = time.monotonic()
+    live = Live(live_table(jobs, states), console=console, refresh_per_second=1, transient=True)
+    with live if console.is_terminal else contextlib.nullcontext():
+        while refs and not stopping:
+            done, _ = ray.wait(list(refs), timeout=1)
+            for ref in done:
+                job = refs.pop(ref)
+                try:
+                    code, line = ray.get(ref)
+                except ray.exceptions.RayError as error:  # it died more often than it may be started again
+                    code, line = 1, f"its process died again and again ({type(error).__name__})"
+                states[job["folder"]] = "failed" if code else "finished"
+                if code:
+                    failures[job["folder"]] = line
+                if not console.is_terminal:
+                    said = f"{states[job['folder']]}: {Path(job['folder']).name}"
+                    print(f"{said} {line}" if code else said, flush=True)
+            if console.is_terminal:
+                live.update(live_table(jobs, states))
+            elif time.monotonic() - shown > 60:
+                shown = time.monotonic()
+                print(count(jobs, states), flush=True)
+    if stopping:
+        print("stopping: each run writes a checkpoint at the end of its episode", file=sys.stderr, flush=True)
+        for ref in refs:
+            ray.cancel(ref)
+        for job in refs.values():
+            with contextlib.suppress(FileNotFoundError), open(Path(job["folder"]) / "lock") as lock:
+                until_free(lock)
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(128 + stopping[0])
+    return states, failures
+
+
+def main():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("--scripts", nargs="+", required=True, metavar="FILE", help="training scripts")
+    parser.add_argument("--env-ids", nargs="+", required=True, metavar="TASK", help="tasks, as in --env-id")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 ... N (default: 1)")
+    parser.add_argument("--runs", default="runs", help="folder of the runs (default: runs)")
+    axis = "another axis: an argument of the scripts and its values; may be given several times"
+    parser.add_argument("--grid", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help=axis)
+    parser.add_argument("--address", help="address of a Ray cluster (default: this machine alone)")
+    parser.add_argument("--cpus-per-run", type=float, default=1, help="cores that a run takes (default: 1)")
+    gpus = "GPUs that a run takes, may be a fraction (default: 0, runs on the CPU)"
+    parser.add_argument("--gpus-per-run", type=float, default=0, help=gpus)
+    retries = "how often a run that died may be started again within one sweep (default: 3)"
+    parser.add_argument("--retries", type=int, default=3, help=retries)
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args, unknown = parser.parse_known_args(words[:cut])
+    if unknown:
+        fail(f"{shlex.join(unknown)}: not the sweep's; arguments of the scripts stand at the end, after --")
+    for name, low in (("seeds", 1), ("retries", 0), ("cpus_per_run", 0), ("gpus_per_run", 0)):
+        if not getattr(args, name) >= low:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    for axis in args.grid:
+        if len(axis) < 2:
+            fail(f"--grid {axis[0]}: needs values, as in --grid initial-density 0.1 0.25 0.5")
+    jobs = all_jobs(args, words[cut + 1 :])
+
     states, failures = sweep(jobs, args)
     print(count(jobs, states))
     for folder, line in failures.items():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SCRIPTS, scripts_with, short_args
+from harness import SCRIPTS, events, saved, scripts_with, short_args
 
 PRUNING = scripts_with("prune_dormant_", "MaskedLinear", "sparse_start_")
-EVENTS = scripts_with("grow_and_prune_", "GrowthPlan", "QNetwork", "Actor")
+EVENTS = scripts_with("grow_and_prune_", "connection_counts", "MLP", "Actor")
 SIZES = [6, 14, 11, 3]
 SILENT = [[1, 4, 5, 9, 13], [0, 3, 7, 10]]  # of each hidden layer
 
@@ -120,7 +120,11 @@ def test_connection_statistics_count_active_connections_and_neurons_without_outg
     layers[1].mask[:] = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1]])  # neuron 1 leads nowhere
     layers[2].mask[:] = torch.tensor([[1, 0, 0, 0]])  # neurons 1, 2, 3 lead nowhere
     expected = {"density": 8 / 22, "density_layer1": 3 / 6, "density_layer2": 4 / 12, "density_layer3": 1 / 4}
-    assert module.connection_statistics(layers) == pytest.approx(expected | {"disconnected": 4 / 7})
+    network = torch.nn.Sequential(*layers)
+    assert module.connection_statistics(network) == pytest.approx(expected | {"disconnected": 4 / 7})
+    assert module.density(layers[1]) == pytest.approx(1 / 3)
+    assert module.density(torch.nn.ModuleDict({"a": network, "b": layers[0]})) == pytest.approx(8 / 22)
+    assert module.density(torch.nn.ModuleList([network, module.MaskedLinear(2, 4)])) == pytest.approx(16 / 30)
 
 
 # ===== Pruning neurons =====
@@ -153,6 +157,7 @@ def test_silent_neurons_are_pruned_whole_in_random_order_as_the_budget_allows(sc
         assert was_taken.dtype == torch.bool and (was_taken.numpy() == by_hand).all()
     for mask, by_hand in zip(now, expected, strict=True):
         assert (mask == by_hand).all()
+    assert [int(layer.pruned) for layer in case.layers] == [mask.sum() for mask in taken_masks]
     for l, i in taken:
         parameters[2 * l + 1][i] = case.hidden[l].double().mean()
         for moment in moments:
@@ -264,7 +269,7 @@ def test_pruning_works_before_the_optimizer_has_made_a_step(script):
 
 
 class Run:
-    """A network with its target, optimizer and plan, made to learn something, with an event at each `interval`."""
+    """A network with its target and optimizer, made to learn something, with an event at each `interval`."""
 
     def __init__(self, script, kind, monkeypatch, hidden_dim=32, steps=500, interval=50, **changes):
         self.module, self.kind = SCRIPTS[script], kind
@@ -273,14 +278,13 @@ class Run:
         )
         self.steps, self.interval = steps, interval
         torch.manual_seed(1)
-        low, high = [-1.0, 0.0], [1.0, 3.0]
-        make = {"QNetwork": (3, 1, hidden_dim), "Actor": (4, low, high, hidden_dim)}[kind]
+        low, high = torch.tensor([[-1.0, 0.0], [1.0, 3.0]])
+        make = {"MLP": (4, hidden_dim, 1), "Actor": (4, low, high, hidden_dim)}[kind]
         self.network = getattr(self.module, kind)(*make)
         self.layers = self.module.masked_layers(self.network)
         self.generator = torch.Generator().manual_seed(2)
-        self.module.sparse_start_(self.layers, self.args.initial_density, self.generator)
+        self.module.sparse_start_(self.layers, self.args.initial_density, self.generator, self.args.dense_ends)
         self.start = [int(layer.mask.sum()) for layer in self.layers]
-        self.plan = self.module.GrowthPlan(self.layers, self.args)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         with torch.no_grad():
             for p in self.target.parameters():
@@ -300,7 +304,7 @@ class Run:
         monkeypatch.setattr(self.module, "prune_dormant_", recorded)
 
     def inputs(self, x):
-        return (x[:, :3], x[:, 3:]) if self.kind == "QNetwork" else (x,)
+        return (x[:, :3], x[:, 3:]) if self.kind == "MLP" else (x,)
 
     def masks(self):
         return [layer.mask.clone() for layer in self.layers]
@@ -317,20 +321,22 @@ class Run:
         """The gradient of a regression."""
         self.optimizer.zero_grad()
         output = self.network(*self.inputs(self.x))
-        target = self.y.squeeze(1) if output.ndim == 1 else self.y
-        F.mse_loss(output, target.expand_as(output)).backward()
+        F.mse_loss(output, self.y.expand_as(output)).backward()
 
     def event(self, t):
         return self.module.grow_and_prune_(
-            self.network, self.target, self.optimizer, self.plan, t, self.args, self.generator, self.scoring, self.probe
+            self.network, self.target, self.optimizer, t, self.args, self.generator, self.scoring, self.probe
         )
 
     def step(self):
-        self.module.zero_absent_gradients_(*self.module.sparse_weights(self.network))
+        for layer in self.layers:
+            layer.weight.grad[~layer.mask] = 0
         self.optimizer.step()
 
     def n_free(self):
         """What each layer is to grow, by the definition."""
+        if self.args.dense_ends:
+            return [0, round(self.args.final_density * self.layers[1].weight.numel()) - self.start[1], 0]
         sizes = [layer.weight.numel() for layer in self.layers]
         slopes = [sum(layer.weight.shape) / layer.weight.numel() for layer in self.layers]
         low, high = 0.0, 1 / min(slopes)
@@ -356,25 +362,29 @@ class Run:
             h = np.maximum(h, 0) if number < 2 else h
         if self.kind == "Actor":
             return np.tanh(h) * np.array([1.0, 1.5]) + np.array([0.0, 1.5])
-        return h[:, 0]
+        return h
 
 
-@pytest.mark.parametrize("final_density", [1.0, 0.6])
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+CHANGES = [{}, {"final_density": 0.6}, {"omega": 1.7}, {"growth_criterion": "random"}]
+CHANGES += [{"dense_ends": True, "final_density": 0.8}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
-def test_events_reach_the_scheduled_number_of_connections_within_the_pruning_budget(
-    script, kind, final_density, monkeypatch
-):
-    run, taken, reached = Run(script, kind, monkeypatch, final_density=final_density), 0, []
+def test_events_reach_the_scheduled_number_of_connections_within_the_pruning_budget(script, kind, changes, monkeypatch):
+    run, taken, reached, beyond = Run(script, kind, monkeypatch, **changes), 0, [], False
+    omega = changes.get("omega", 0.5)
     for t in range(run.interval, run.steps + 1, run.interval):
         run.silence(5, seed=t)
         run.backward()
         before, scheduled = run.masks(), run.scheduled(t)
         done = run.event(t)
         budget, spent, pruned, after_pruning = run.calls[-1]
-        assert budget == pytest.approx(0.5 * sum(scheduled) - taken)
+        assert budget == pytest.approx(omega * sum(scheduled) - taken)
         taken += spent
-        assert taken <= 0.5 * sum(scheduled)
+        assert taken <= omega * sum(scheduled)
+        beyond |= taken > sum(scheduled)
         after = run.masks()
         for start, added, a, b, c, d in zip(run.start, scheduled, before, pruned, after_pruning, after, strict=True):
             assert torch.equal(c, a & ~b)
@@ -388,10 +398,11 @@ def test_events_reach_the_scheduled_number_of_connections_within_the_pruning_bud
         run.step()
     assert taken > 0 and sum(call[1] > 0 for call in run.calls) >= 4
     # a layer falls short only where what was just pruned is all that it could still grow
-    assert all(reached[1::3][:5])
+    assert all(reached[1::3][: 3 if omega > 1 else 5])
+    assert beyond == (omega > 1)
 
 
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_without_pruning_every_layer_has_exactly_the_scheduled_connections(script, kind, monkeypatch):
     run = Run(script, kind, monkeypatch, prune=False, steps=503)
@@ -412,7 +423,7 @@ def test_without_pruning_every_layer_has_exactly_the_scheduled_connections(scrip
 
 @pytest.mark.parametrize("script", EVENTS)
 def test_without_growth_pruning_works_alone_with_the_budget_of_the_schedule(script, monkeypatch):
-    run, taken = Run(script, "QNetwork", monkeypatch, grow=False, omega=0.3), 0
+    run, taken = Run(script, "MLP", monkeypatch, grow=False, omega=0.3), 0
     for t in range(50, 251, 50):
         run.silence(6, seed=t)
         run.backward()
@@ -428,7 +439,7 @@ def test_without_growth_pruning_works_alone_with_the_budget_of_the_schedule(scri
 
 
 @pytest.mark.parametrize("prune", [True, False])
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_an_event_grows_the_largest_gradients_that_it_has_not_just_pruned(script, kind, prune, monkeypatch):
     run = Run(script, kind, monkeypatch, prune=prune)
@@ -448,7 +459,47 @@ def test_an_event_grows_the_largest_gradients_that_it_has_not_just_pruned(script
     assert sum(int((layer.mask & ~mask).sum()) for mask, layer in zip(before, run.layers, strict=True)) > 100
 
 
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
+@pytest.mark.parametrize("script", EVENTS)
+def test_random_growth_is_as_much_growth_from_the_generator_of_the_event(script, kind, monkeypatch):
+    grown, left_out, rng = {}, 0, torch.get_rng_state()
+    for criterion in ("gradient", "random", "random"):
+        run = Run(script, kind, monkeypatch, growth_criterion=criterion, prune=False)
+        run.backward()
+        before, expected, drawn = run.masks(), torch.Generator(), torch.get_rng_state()
+        expected.set_state(run.generator.get_state())
+        run.event(100)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert torch.equal(run.generator.get_state(), expected.get_state()) == (criterion == "gradient")
+        now = [layer.mask & ~mask for mask, layer in zip(before, run.layers, strict=True)]
+        grown.setdefault(criterion, []).append(now)
+        for new, mask, layer in zip(now, before, run.layers, strict=True):
+            left, size = ~mask & ~new, layer.weight.grad.abs()
+            left_out += criterion == "random" and bool(new.any() and left.any() and size[left].max() > size[new].min())
+    torch.set_rng_state(rng)
+    [by_gradient], [first, again] = grown["gradient"], grown["random"]
+    assert left_out and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert [int(new.sum()) for new in by_gradient] == [int(new.sum()) for new in first]
+
+
+@pytest.mark.parametrize("script", EVENTS)
+def test_what_pruning_has_taken_is_in_the_state_of_the_network(script, monkeypatch):
+    run = Run(script, "MLP", monkeypatch)
+    for t in (50, 100):
+        run.silence(6, seed=t)
+        run.backward()
+        run.event(t)
+    taken = sum(call[1] for call in run.calls)
+    state = copy.deepcopy(run.network.state_dict())
+    assert taken == sum(int(value) for name, value in state.items() if name.endswith("pruned")) > 0
+    again = Run(script, "MLP", monkeypatch)
+    again.network.load_state_dict(state)
+    again.backward()
+    again.event(150)
+    assert again.calls[-1][0] == pytest.approx(0.5 * sum(run.scheduled(150)) - taken)
+
+
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_an_event_gives_the_target_the_masks_and_clears_its_absent_weights(script, kind, monkeypatch):
     run = Run(script, kind, monkeypatch)
@@ -464,7 +515,7 @@ def test_an_event_gives_the_target_the_masks_and_clears_its_absent_weights(scrip
         assert torch.equal(layer.bias, before[f"{name}.bias"])
 
 
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_an_event_reports_the_largest_change_of_an_output(script, kind, monkeypatch):
     run, probe = Run(script, kind, monkeypatch), None
@@ -483,7 +534,7 @@ def test_an_event_reports_the_largest_change_of_an_output(script, kind, monkeypa
         run.step()
 
 
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_a_grown_connection_learns_from_the_same_step_on(script, kind, monkeypatch):
     run = Run(script, kind, monkeypatch)
@@ -505,7 +556,7 @@ def test_a_grown_connection_learns_from_the_same_step_on(script, kind, monkeypat
     assert sum(int((layer.mask & ~mask).sum()) for mask, layer in zip(before, run.layers, strict=True)) > 50
 
 
-@pytest.mark.parametrize("kind", ["QNetwork", "Actor"])
+@pytest.mark.parametrize("kind", ["MLP", "Actor"])
 @pytest.mark.parametrize("script", EVENTS)
 def test_pruned_neurons_come_back(script, kind, monkeypatch):
     """In both hidden layers, though the first and the last layer start dense: their own schedule adds nothing."""
@@ -524,3 +575,63 @@ def test_pruned_neurons_come_back(script, kind, monkeypatch):
     for l in (0, 1):
         back = {i for i in lost[l] if run.layers[l].mask[i].any() and run.layers[l + 1].mask[:, i].any()}
         assert lost[l] and back == lost[l]
+
+
+# ===== Events in training =====
+
+
+@pytest.mark.parametrize("replay_ratio", [1, 3])
+@pytest.mark.parametrize("script", scripts_with("main", "grow_and_prune_", "connection_counts", "MLP"))
+def test_each_network_has_its_events_on_two_batches_of_2048_of_its_own_inputs(script, replay_ratio, monkeypatch):
+    module, calls, networks, ring = SCRIPTS[script], [], {}, []
+    args = short_args(script, total_timesteps=160, learning_starts=40, buffer_size=70, replay_ratio=replay_ratio)
+    original, deepcopy = module.grow_and_prune_, copy.deepcopy
+
+    def copied(thing, *rest):
+        result = deepcopy(thing, *rest)
+        if isinstance(thing, torch.nn.ModuleDict):
+            networks.update({id(thing[name]): (name, result[name]) for name in thing})
+        return result
+
+    class Buffer(module.ReplayBuffer):
+        def add(self, obs, actions, *rest):
+            ring.append(np.float32([*obs, *actions]))
+            super().add(obs, actions, *rest)
+
+    def recorded(network, target, optimizer, t, given, generator, scoring, probe):
+        name, its_target = networks[id(network)]
+        rng = torch.get_rng_state()
+        assert target is its_target and given is args
+        assert any(p is network.fc2.weight for p in optimizer.param_groups[0]["params"])
+        assert t > 50 or network.fc2.weight.grad[~network.fc2.mask].any()  # the dense gradient
+        width = 3 if name == "actor" else 4
+        held = {row[:width].tobytes() for row in np.array(ring[-70:])}
+        for batch in (scoring, probe):
+            rows = torch.cat(batch, 1).numpy()
+            assert rows.shape == (2048, width)
+            assert {row.tobytes() for row in rows} == held  # all that the buffer holds: 2048 draws of 70
+        assert not torch.equal(scoring[0], probe[0])
+        result = original(network, target, optimizer, t, given, generator, scoring, probe)
+        assert torch.equal(torch.get_rng_state(), rng)
+        calls.append((name, t, len(ring), result, [int(l.mask.sum()) for l in module.masked_layers(network)]))
+        return result
+
+    monkeypatch.setattr(module.copy, "deepcopy", copied)
+    monkeypatch.setattr(module, "ReplayBuffer", Buffer)
+    monkeypatch.setattr(module, "grow_and_prune_", recorded)
+    folder = module.main(args)
+    total = 120 * replay_ratio
+    times = range(50, total + 1, 50)
+    assert [call[:3] for call in calls] == [
+        (name, t, 40 + math.ceil(t / replay_ratio)) for t in times for name in ("qf1", "qf2", "actor")
+    ]
+    log = events(folder)
+    for number, name in enumerate(("qf1", "qf2", "actor")):
+        of = calls[number::3]
+        for value in ("grown", "pruned", "output_change_pruning", "output_change_growth"):
+            assert log[f"ne/{name}/{value}"] == [(call[2], pytest.approx(call[3][value])) for call in of]
+        start = int(saved(folder / "models" / "0.pt")[name]["fc2.mask"].sum())
+        for _, t, _, result, active in of:
+            aim = start + module.scheduled_growth(t, total, 50, 32 * 32 - start)
+            assert aim - result["pruned"] <= active[1] <= aim  # what has just been pruned may not be back
+        assert aim == 32 * 32

@@ -1,16 +1,18 @@
 """Interrupting and resuming a run: nothing is lost, nothing is logged twice, and what cannot be resumed is refused."""
 
 import contextlib
+import gc
 import os
 import pickle
-import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import harness
@@ -18,16 +20,33 @@ import pytest
 import torch
 import toys
 
-LAST = [list(harness.SCRIPTS)[-1]]
+# So that whatever a checkpoint holds matters to what comes after it: checkpoints at steps 300, 600 and 900, in gradient
+# steps 180, 480 and 780, stand in the midst of counting reviews, the first before the actor's loss is logged.
 SETTINGS = {
-    "total_timesteps": 2400,
-    "learning_starts": 200,
-    "hidden_dim": 16,
-    "growth_interval": 100,
-    "checkpoint_interval": 400,
-    "eval_interval": 500,
+    "env_id": "toys:ToyRecordedPendulum-v0",  # episodes of 100 steps
+    "total_timesteps": 1000,
+    "learning_starts": 120,
+    "learning_rate": 1e-2,
+    "hidden_dim": 24,
+    "policy_frequency": 70,
+    "growth_interval": 70,
+    "omega": 0.3,
+    "neuron_interval": 40,
+    "review_floor": 0.1,
+    "checkpoint_interval": 300,
+    "eval_interval": 250,
     "eval_episodes": 1,
 }
+SAVED = [0, 300, 600, 900, 1000]
+with_all = pytest.mark.parametrize("script", harness.SCRIPTS)
+# What a signal or a kill meets is the same in all scripts (test_drift.py), so one of them will do each time.
+ONE = "ne_td3_continuous"
+with_one = pytest.mark.parametrize(
+    "script", [ONE, *(pytest.param(s, marks=pytest.mark.slow) for s in harness.SCRIPTS if s != ONE)]
+)
+
+
+# ===== Processes =====
 
 
 def start(script, *words, code=None):
@@ -38,6 +57,58 @@ def start(script, *words, code=None):
     environment = os.environ | toys.ENVIRONMENT
     with open("out.txt", "w") as out, open("err.txt", "w") as err:
         return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+
+
+class Fork:
+    """A script as a user runs it, in a fork of this process, which has everything imported: that saves seconds.
+
+    Its output goes to out.txt and err.txt; `before` is called in it first. As subprocess.Popen.
+    """
+
+    def __init__(self, script, *words, before=lambda: None):
+        gc.collect()  # no lock of an earlier run of this process goes into the new one
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                for number, name in ((1, "out.txt"), (2, "err.txt")):
+                    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+                sys.argv = harness.command(script, *words)[1:]
+                before()
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                code = 0
+            except SystemExit as exit:
+                code = exit.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(OSError):
+                    sys.stdout.flush()
+                os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout=120):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(Path("err.txt").read_text())
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
 
 def wait_for(process, pattern):
@@ -55,9 +126,50 @@ def kill(process):
     assert process.wait() == -signal.SIGKILL, "the run had ended before it was killed"
 
 
+def at_step(number, action):
+    """Makes the toy Pendulum call `action` in the `number`th step from now on, in whatever task."""
+    taken, step = 0, toys.RecordedPendulum.step
+
+    def counted(self, *arguments):
+        nonlocal taken
+        taken += 1
+        if taken == number:
+            action()
+        return step(self, *arguments)
+
+    toys.RecordedPendulum.step = counted
+
+
+def send(*numbers):
+    """Sends the signals to this process, one by one."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.001)  # Python notices it here
+
+
+def killed(script, *words, before):
+    """Runs a script in a fork that kills itself."""
+    process = Fork(script, *words, before=before)
+    assert process.wait() == -signal.SIGKILL, Path("err.txt").read_text()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ===== Runs =====
+
+
 def the_folder():
     """The only run folder."""
     (folder,) = Path("runs").iterdir()
+    return folder
+
+
+def age(folder):
+    """Gives the logs names of long ago: TensorBoard reads them in the order of names that begin with the second."""
+    for number, path in enumerate(sorted(folder.glob("events*"))):
+        path.rename(folder / f"events.out.tfevents.{number:010}.a.1.0")
     return folder
 
 
@@ -69,189 +181,338 @@ def resume(script, folder):
     return folder
 
 
-_uninterrupted = {}
+def resume_here(script, folder):
+    """Resumes a run in this process -> its folder."""
+    module = harness.SCRIPTS[script]
+    assert module.main(module.Args(resume=str(age(folder)))) == folder
+    return folder
+
+
+_whole = {}
 
 
 def uninterrupted(script, tmp_path_factory, **changes):
-    """The folder of a run with these settings that was left alone; made once."""
+    """A run with these settings that was left alone, made once -> its folder.
+
+    Beside it, as killed-<step>, is what a kill just after the checkpoint of that step would have left.
+    """
     key = script, *sorted(changes.items())
-    if key not in _uninterrupted:
-        place = tmp_path_factory.mktemp("uninterrupted")
-        with contextlib.chdir(place):
+    if key not in _whole:
+        place, replace = tmp_path_factory.mktemp("uninterrupted"), os.replace
+
+        def replaced(source, target):
+            replace(source, target)
+            step = harness.saved(target)["step"]
+            shutil.copytree(Path(target).parent, f"killed-{step}", dirs_exist_ok=True)
+
+        with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", replaced)
             folder = harness.SCRIPTS[script].main(harness.short_args(script, **SETTINGS | changes))
-        _uninterrupted[key] = place / folder
-    return _uninterrupted[key]
+        _whole[key] = place / folder
+    return _whole[key]
+
+
+def killed_after(script, step, tmp_path_factory, **changes):
+    """A run that was killed just after the checkpoint of this step -> the name of its folder, a copy, here."""
+    source = uninterrupted(script, tmp_path_factory, **changes).parent.parent / f"killed-{step}"
+    return Path(shutil.copytree(source, "copy"))
 
 
 def logged(folder):
     """Everything in a run's log that does not depend on the clock, in the order of steps."""
     scalars = harness.events(folder)
-    speeds = scalars.pop("charts/SPS", [])
-    scalars["steps of charts/SPS"] = [(step, 0) for step, _ in speeds]
-    return {tag: sorted(values) for tag, values in scalars.items()}
+    scalars["steps of charts/SPS"] = [(step, 0) for step, _ in scalars.pop("charts/SPS", [])]
+    return scalars
 
 
 def assert_same_run(folder, expected):
-    """Two runs ended with the same networks, to the bit, and the same log."""
-    a, b = harness.saved(folder / "model.pt"), harness.saved(expected / "model.pt")
-    assert [key for key in b if not harness.same(a.get(key), b[key])] == []
-    assert a.keys() == b.keys()
+    """Two runs ended with the same networks, to the bit, kept the same ones on their way, and logged the same."""
+    kept = {path.name for path in (expected / "models").iterdir()}
+    assert kept <= {path.name for path in (folder / "models").iterdir()}
+    for name in kept:
+        a, b = harness.saved(folder / "models" / name), harness.saved(expected / "models" / name)
+        assert a.keys() == b.keys() and [net for net in b if not harness.same(a[net], b[net])] == [], name
+    a, b = harness.saved(folder / "checkpoint.pt"), harness.saved(expected / "checkpoint.pt")
+    assert [key for key in b if not harness.same(a[key], b[key])] == []
     a, b = logged(folder), logged(expected)
     assert a.keys() == b.keys()
     assert {tag: (a[tag], b[tag]) for tag in b if a[tag] != b[tag]} == {}
 
 
 def contents(folder):
-    """All files under a folder -> {path: bytes}."""
-    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    """All files under a folder, but locks -> {path: bytes}."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path: path.read_bytes() for path in paths if path.name != "lock"}
 
 
-@pytest.mark.parametrize("script", harness.SCRIPTS)
+def names(folder):
+    """The files and folders in a run's folder -> set."""
+    return {re.sub("events.*", "events", path.name) for path in folder.iterdir()}
+
+
+# ===== A run that goes on is the run that was left alone =====
+
+
+@with_all
 def test_the_same_seed_gives_the_same_run_to_the_bit(script, tmp_path_factory):
-    args = harness.short_args(script, **SETTINGS)
-    harness.SCRIPTS[script].torch.rand(7)  # what was drawn before does not matter
-    folder = harness.SCRIPTS[script].main(args)
-    expected = uninterrupted(script, tmp_path_factory)
-    assert_same_run(folder, expected)
-    assert len(logged(folder)["charts/episodic_return"]) == 12
-
-
-def kill_at(script, args, points):
-    """Runs with a kill at each of the points -> folder. A point: (file to wait for, seconds to wait then)."""
-    words = harness.flags(args)
-    for pattern, delay in points:
-        process = start(script, *words)
-        wait_for(process, pattern)
-        time.sleep(delay)
-        kill(process)
-        words = ["--resume", the_folder()]
-    return resume(script, the_folder())
-
-
-@pytest.mark.parametrize("script", LAST)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
-    folder = kill_at(script, harness.short_args(script, **SETTINGS), [("runs/*/buffer-[89]*.bin", 0.1)])
+    torch.rand(7)  # what was drawn before does not matter
+    folder = harness.SCRIPTS[script].main(harness.short_args(script, **SETTINGS))
     assert_same_run(folder, uninterrupted(script, tmp_path_factory))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["events*", "buffer-400.bin", "buffer-1200.bin", "buffer-2000.bin"])
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_happened(script, pattern, tmp_path_factory):
-    delay = random.Random(pattern).uniform(0, 0.2)
-    folder = kill_at(script, harness.short_args(script, **SETTINGS), [(f"runs/*/{pattern}", delay)])
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory))
+@with_all
+def test_what_is_kept_of_a_run(script, tmp_path_factory):
+    folder = uninterrupted(script, tmp_path_factory)
+    assert names(folder) == {"args.json", "events", "checkpoint.pt", "models", "lock"}
+    assert sorted(int(path.stem) for path in (folder / "models").iterdir()) == SAVED
+    checkpoint = harness.saved(folder / "checkpoint.pt")
+    assert checkpoint["step"] == 1000 and len(checkpoint["rows"]) == 0  # a finished run needs no replay any more
+    assert harness.same(harness.weights(folder), {net: state_of(checkpoint, net) for net in harness.weights(folder)})
+    for step in SAVED[1:-1]:
+        killed_then = folder.parent.parent / f"killed-{step}"
+        assert len(harness.saved(killed_then / "checkpoint.pt")["rows"]) == step
+        assert (killed_then / f"models/{step}.pt").read_bytes() == (folder / f"models/{step}.pt").read_bytes()
+        assert list(logged(killed_then)["charts/episodic_return"])[-1][0] == step  # no log before the checkpoint lacks
+    assert len(logged(folder)["charts/episodic_return"]) == 10 and len(logged(folder)["eval/episodic_return"]) == 4
+
+
+def state_of(checkpoint, net):
+    """A network's state dict in a checkpoint."""
+    return {k.removeprefix(f"{net}."): v for k, v in checkpoint["networks"].items() if k.startswith(f"{net}.")}
+
+
+@pytest.mark.parametrize("step", [0, 300, 900])
+@with_all
+def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(script, step, tmp_path_factory):
+    folder = killed_after(script, step, tmp_path_factory)
+    if step == 300:  # what had been logged since then, the last record half, is void
+        log = max(uninterrupted(script, tmp_path_factory).glob("events*"))
+        (old,) = folder.glob("events*")
+        old.write_bytes(log.read_bytes()[:-100])
+        (folder / "checkpoint.tmp").write_bytes(b"half of a checkpoint")
+        (folder / "models/600.pt").write_bytes(b"half of the weights")
+    torch.rand(7)
+    assert_same_run(resume_here(script, folder), uninterrupted(script, tmp_path_factory))
+    assert names(folder) == {"args.json", "events", "checkpoint.pt", "models", "lock"}
+
+
+def test_the_checkpoints_that_are_resumed_are_in_the_midst_of_everything(tmp_path_factory):
+    folder = uninterrupted(ONE, tmp_path_factory)
+    early, late = (harness.saved(folder.parent.parent / f"killed-{step}/checkpoint.pt") for step in (300, 900))
+    assert sum(int(value) for key, value in early["networks"].items() if key.endswith(".pruned")) > 0
+    actor_losses = dict(logged(folder)["losses/actor_loss"])
+    assert actor_losses[320] == pytest.approx(float(early["actor_loss"]))  # of gradient step 140, logged at 200
+    assert late["gate"]["reviewed"] > 0 and late["gate"]["threshold"] < 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
-    patterns = ["events*", "buffer-400.bin", "buffer-800.bin", "buffer-1600.bin", "buffer-2000.bin"]
-    points = [(f"runs/*/{pattern}", random.Random(pattern).uniform(0, 0.1)) for pattern in patterns]
-    folder = kill_at(script, harness.short_args(script, **SETTINGS), points)
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_killed_run_whose_buffer_has_wrapped_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
-    args = harness.short_args(script, **SETTINGS, buffer_size=700)
-    folder = kill_at(script, args, [("runs/*/buffer-1600.bin", 0.1)])
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory, buffer_size=700))
+@with_all
+def test_a_run_whose_buffer_has_wrapped_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
+    for step in (300, 600):
+        folder = killed_after(script, step, tmp_path_factory, buffer_size=350)
+        assert_same_run(resume_here(script, folder), uninterrupted(script, tmp_path_factory, buffer_size=350))
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["dm_control/cartpole-swingup-v0", "Hopper-v4"])
-@pytest.mark.parametrize("script", harness.SCRIPTS)
+@with_all
 def test_a_simulated_robot_resumes_as_if_nothing_had_happened(script, task, tmp_path_factory):
-    settings = {"env_id": task, "checkpoint_interval": 1000}
-    args = harness.short_args(script, **SETTINGS | settings)
-    folder = kill_at(script, args, [("runs/*/buffer-*.bin", 0.2)])
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory, **settings))
-
-
-# Ends the process, as `kill -9` would, just before its {number}th change of the files that match {files}
-KILLED_AT_A_FILE = """
-import os, runpy, signal, sys
-count, sys.argv = 0, sys.argv[1:]
-def hook(event, arguments):
-    global count
-    if event in ("os.rename", "os.remove", "os.truncate", "shutil.rmtree"):
-        paths = " ".join(str(argument) for argument in arguments)
-        if "runs" + os.sep in paths and {files!r} in paths:
-            count += 1
-            if count == {number}:
-                os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("script", LAST)
-def test_a_run_killed_just_before_its_model_is_saved_can_be_resumed(script, tmp_path_factory):
-    settings = {"total_timesteps": 1000}
-    code = KILLED_AT_A_FILE.format(files="model.pt", number=1)
-    process = start(script, *harness.flags(harness.short_args(script, **SETTINGS | settings)), code=code)
-    assert process.wait() == -signal.SIGKILL, Path("err.txt").read_text()
+    settings = {"env_id": task, "total_timesteps": 2400, "checkpoint_interval": 1000}
+    words = harness.flags(harness.short_args(script, **SETTINGS | settings))
+    process = start(script, *words)
+    wait_for(process, "runs/*/models/1*.pt")
+    time.sleep(0.2)
+    kill(process)
     assert_same_run(resume(script, the_folder()), uninterrupted(script, tmp_path_factory, **settings))
 
 
+@with_all
+def test_a_finished_run_that_is_resumed_stays_as_it_is(script, tmp_path_factory, capsys):
+    folder = killed_after(script, 1000, tmp_path_factory)
+    capsys.readouterr()
+    assert_same_run(resume_here(script, folder), uninterrupted(script, tmp_path_factory))
+    assert capsys.readouterr().out == f"finished: {folder}\n"
+
+
+# ===== Kills =====
+
+
+def killed_at_save(number, when):
+    """Ends the process, as `kill -9` would, at the `number`th time that a run is saved: in the midst of a file, ..."""
+
+    def before():
+        save, replace, saves = torch.save, os.replace, 0
+
+        def half(new, path):
+            nonlocal saves
+            saves += "models" in str(path)
+            save(new, path)
+            if saves == number and when in str(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+
+        def replaced(source, target):
+            if saves == number and when == "before it is in place":
+                die()
+            replace(source, target)
+            if saves == number and when == "in place":
+                die()
+
+        torch.save, os.replace = half, replaced
+
+    return before
+
+
+WHEN = ["models", "checkpoint", "before it is in place", "in place"]
+EACH = [(number, when) for number in range(2, 6) for when in WHEN]
+FAST = [(2, "models"), (2, "checkpoint"), (3, "before it is in place"), (4, "in place"), (5, "models")]
+
+
+@pytest.mark.parametrize(
+    "number, when", [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in EACH]
+)
+@with_one
+def test_a_run_killed_while_it_is_saved_goes_on_as_if_nothing_had_happened(script, number, when, tmp_path_factory):
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    killed(script, *words, before=killed_at_save(number, when))
+    folder, step = the_folder(), SAVED[number - 1 - (when != "in place")]
+    assert harness.saved(folder / "checkpoint.pt")["step"] == step
+    assert harness.saved(folder / f"models/{step}.pt")["actor"]
+    assert_same_run(resume_here(script, folder), uninterrupted(script, tmp_path_factory))
+
+
+@pytest.mark.parametrize("step", [1, pytest.param(121, marks=pytest.mark.slow), 777])
+@with_one
+def test_a_run_killed_at_any_step_goes_on_as_if_nothing_had_happened(script, step, tmp_path_factory):
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    killed(script, *words, before=lambda: at_step(step, die))
+    assert_same_run(resume_here(script, the_folder()), uninterrupted(script, tmp_path_factory))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_run_killed_before_any_change_of_its_files_can_be_resumed(script, tmp_path_factory):
-    settings = {"total_timesteps": 1000}
-    words = harness.flags(harness.short_args(script, **SETTINGS | settings))
-    expected = uninterrupted(script, tmp_path_factory, **settings)
-    for number in range(2, 50):  # the first one gives the folder its args.json
-        shutil.rmtree("runs", ignore_errors=True)
-        process = start(script, *words, code=KILLED_AT_A_FILE.format(files="", number=number))
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, Path("err.txt").read_text()
-        folder = the_folder()
-        if not (folder / "model.pt").exists():
-            resume(script, folder)
-        assert_same_run(folder, expected)
-    assert number > 4
+@with_all
+def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    for step in (250, 310, 290, 120, 404):  # steps after the last checkpoint, evaluation included
+        killed(script, *words, before=lambda step=step: at_step(step, die))
+        words = ["--resume", age(the_folder())]
+    assert_same_run(resume_here(script, the_folder()), uninterrupted(script, tmp_path_factory))
 
 
-@pytest.fixture(scope="module", params=harness.SCRIPTS)
-def interrupted(request, tmp_path_factory):
-    """A run that was killed after its checkpoint -> (name of the script, folder that must not be changed)."""
-    place = tmp_path_factory.mktemp("interrupted")
-    with contextlib.chdir(place):
-        process = start(request.param, *harness.flags(harness.short_args(request.param, **SETTINGS)))
-        wait_for(process, "runs/*/checkpoint.pt")
-        time.sleep(0.05)
-        kill(process)
-        for path in Path().glob("runs/*/*.tmp"):
-            path.unlink()
-        return request.param, place / the_folder()
+def test_a_run_killed_before_its_first_checkpoint_was_whole_is_refused(capsys):
+    words = harness.flags(harness.short_args(ONE, **SETTINGS))
+    killed(ONE, *words, before=killed_at_save(1, "checkpoint"))
+    before = contents(".")
+    assert "checkpoint.pt" in refusal(ONE, capsys, resume=str(the_folder()))
+    assert contents(".") == before
 
 
-def test_what_a_kill_left_of_an_unfinished_checkpoint_does_no_harm(interrupted, tmp_path_factory):
-    script, source = interrupted
-    folder = Path(shutil.copytree(source, "copy"))
-    (folder / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
-    (folder / "buffer-999.bin").write_bytes(b"half of a buffer")
+@pytest.mark.parametrize("before_it", ["fresh", "resumed"])
+@with_one
+def test_a_second_process_beside_a_running_one_is_refused_and_hurts_neither(
+    script, before_it, tmp_path_factory, capsys
+):
+    def hold():
+        Path("running").touch()
+        while not Path("go").exists():
+            time.sleep(0.002)
+
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    if before_it == "resumed":
+        killed(script, *words, before=lambda: at_step(450, die))
+        words = ["--resume", age(the_folder())]
+    process = Fork(script, *words, before=lambda: at_step(150, hold))
+    wait_for(process, "running")
+    before = contents(".")
+    line = refusal(script, capsys, resume=str(the_folder()))
+    assert f"--resume {the_folder()}" in line and "in use by another process" in line
     module = harness.SCRIPTS[script]
-    assert module.main(module.Args(resume=str(folder))) == folder
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory))
-    names = {re.sub("events.*", "events", path.name) for path in folder.iterdir()}
-    assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
+    module.main(module.Args(evaluate=str(the_folder()), eval_episodes=1))  # to look on is allowed
+    assert contents(".") == before
+    Path("go").touch()
+    assert process.wait() == 0, Path("err.txt").read_text()
+    assert_same_run(the_folder(), uninterrupted(script, tmp_path_factory))
 
 
-def test_what_was_logged_after_the_checkpoint_is_cut(interrupted, tmp_path_factory):
-    script, source = interrupted
-    folder = Path(shutil.copytree(source, "copy"))
-    (log,) = folder.glob("events*")
-    complete = log.read_bytes()
-    with log.open("ab") as file:  # a second copy of the records, the last of them cut in the middle
-        file.write(complete[: -len(complete) // 3])
-    shutil.copy(log, folder / "events.out.tfevents.9999999999.resumed.1.0")  # of a resumed run that was killed, too
-    module = harness.SCRIPTS[script]
-    module.main(module.Args(resume=str(folder)))
+# ===== Signals =====
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)],  # a terminal that closes sends it twice
+    ids=["SIGINT", "SIGTERM", "SIGHUP twice"],
+)
+@with_one
+def test_a_signal_ends_the_run_after_its_episode_and_says_how_to_go_on(script, numbers, tmp_path_factory):
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    process = Fork(script, *words, before=lambda: at_step(650, lambda: send(*numbers)))  # 200 steps are of evaluations
+    assert process.wait() == 128 + numbers[0], Path("err.txt").read_text()
+    folder, out = the_folder(), Path("out.txt").read_text()
+    assert "Traceback" not in Path("err.txt").read_text()
+    checkpoint = harness.saved(folder / "checkpoint.pt")
+    assert checkpoint["step"] == 500 == len(checkpoint["rows"]) and (folder / "models/500.pt").exists()
+    assert logged(folder)["charts/episodic_return"][-1][0] == 500  # the end of an episode
+
+    python, *words = shlex.split(re.search("go on with: (.*)\n", out).group(1))
+    assert python == "python" and Path(words[0]).resolve() == harness.PATHS[script]
+    assert words[1:] == ["--resume", str(folder)]
+    age(folder)
+    if numbers == (signal.SIGINT,):  # as a user would
+        result = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env=os.environ | toys.ENVIRONMENT
+        )
+        assert result.returncode == 0, result.stderr
+    else:
+        resume_here(script, folder)
     assert_same_run(folder, uninterrupted(script, tmp_path_factory))
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
+@with_one
+def test_a_second_signal_ends_the_run_at_once(script, numbers, tmp_path_factory):
+    def second():
+        send(numbers[0])
+        at_step(20, lambda: (Path("twenty").touch(), send(numbers[1])))
+
+    words = harness.flags(harness.short_args(script, **SETTINGS | {"eval_interval": 0}))
+    process = Fork(script, *words, before=lambda: at_step(430, second))
+    assert process.wait() == 128 + numbers[1] and Path("twenty").exists()
+    assert "Traceback" not in Path("err.txt").read_text() and Path("out.txt").read_text() == ""
+    assert harness.saved(the_folder() / "checkpoint.pt")["step"] == 300
+
+
+@with_one
+def test_a_run_under_nohup_does_not_end_with_its_terminal(script, tmp_path_factory):
+    def before():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        at_step(150, lambda: send(signal.SIGHUP))
+
+    words = harness.flags(harness.short_args(script, **SETTINGS | {"total_timesteps": 400}))
+    process = Fork(script, *words, before=before)
+    assert process.wait() == 0, Path("err.txt").read_text()
+    assert Path("out.txt").read_text() == f"finished: {the_folder()}\n"
+
+
+@with_one
+def test_a_screen_that_is_gone_does_not_end_the_run_before_it_is_saved(script, tmp_path_factory):
+    def before():
+        reading, writing = os.pipe()
+        for number in (1, 2):
+            os.dup2(writing, number)
+        os.close(writing)
+        import tqdm
+
+        bar = tqdm.tqdm
+        tqdm.tqdm = lambda **options: bar(**options | {"mininterval": 0})  # at each step, not each second
+        at_step(50, lambda: os.close(reading))
+
+    words = harness.flags(harness.short_args(script, **SETTINGS))
+    Fork(script, *words, before=before).wait()
+    assert_same_run(the_folder(), uninterrupted(script, tmp_path_factory))
+
+
+# ===== What cannot be resumed =====
 
 
 class Evil:
@@ -271,27 +532,18 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def buffer_of(folder):
-    """The buffer file that belongs to the checkpoint."""
-    files = sorted(folder.glob("buffer-*.bin"), key=lambda path: path.stat().st_mtime)
-    for path in files[1:]:  # of a checkpoint that was not complete
-        path.unlink()
-    return files[0]
-
-
 REFUSED = {
     "a truncated checkpoint": lambda folder: truncate(folder / "checkpoint.pt"),
     "an empty checkpoint": lambda folder: truncate(folder / "checkpoint.pt", 0),
+    "no checkpoint": lambda folder: (folder / "checkpoint.pt").unlink(),
     "text as checkpoint": lambda folder: (folder / "checkpoint.pt").write_text("hello"),
     "a pickle that runs code": lambda folder: (folder / "checkpoint.pt").write_bytes(pickle.dumps(Evil())),
     "a torch file that runs code": lambda folder: torch.save({"actor": Evil()}, folder / "checkpoint.pt"),
     "a torch file of something else": lambda folder: torch.save({"a": torch.ones(1)}, folder / "checkpoint.pt"),
     "a list as checkpoint": lambda folder: torch.save([1, 2], folder / "checkpoint.pt"),
-    "a missing buffer": lambda folder: buffer_of(folder).unlink(),
-    "a truncated buffer": lambda folder: truncate(buffer_of(folder)),
-    "a buffer that is too long": lambda folder: buffer_of(folder).open("ab").write(b"more"),
-    "another size of networks": lambda folder: edit(folder / "args.json", '"hidden_dim": 16', '"hidden_dim": 17'),
-    "another task": lambda folder: edit(folder / "args.json", "Pendulum-v1", "MountainCarContinuous-v0"),
+    "another size of networks": lambda folder: edit(folder / "args.json", '"hidden_dim": 24', '"hidden_dim": 17'),
+    "another learning rate": lambda folder: edit(folder / "args.json", "0.01", "0.02"),
+    "another task": lambda folder: edit(folder / "args.json", "toys:ToyRecordedPendulum-v0", "Pendulum-v1"),
     "no args.json": lambda folder: (folder / "args.json").unlink(),
     "a broken args.json": lambda folder: truncate(folder / "args.json"),
     "an args.json of something else": lambda folder: (folder / "args.json").write_text('{"a": 1}'),
@@ -301,16 +553,30 @@ REFUSED = {
 }
 
 
+def exit_code(function, *arguments):
+    """Calls what ends the process -> exit code; nothing holds on to what the call has left, such as a lock."""
+    try:
+        function(*arguments)
+    except SystemExit as exit:
+        return exit.code
+    raise AssertionError("it went on")
+
+
 def refusal(script, capsys, **values):
     """Calls main with arguments that it must refuse -> the one line on stderr."""
     module = harness.SCRIPTS[script]
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        module.main(module.Args(**values))
+    code = exit_code(module.main, module.Args(**values))
     out, err = capsys.readouterr()
-    assert exit.value.code == 2, err
+    assert code == 2, err
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), (out, err)
     return err
+
+
+@pytest.fixture(scope="module", params=harness.SCRIPTS)
+def interrupted(request, tmp_path_factory):
+    """A run that was killed after its checkpoint -> (name of the script, folder that must not be changed)."""
+    return request.param, uninterrupted(request.param, tmp_path_factory).parent.parent / "killed-600"
 
 
 @pytest.mark.parametrize("damage", REFUSED)
@@ -319,9 +585,9 @@ def test_what_cannot_be_resumed_is_refused_in_one_line_and_left_as_it_is(damage,
     folder = Path(shutil.copytree(source, "copy"))
     REFUSED[damage](folder)
     before = contents(".")
-    line = refusal(script, capsys, resume=str(folder))
-    assert "--resume copy" in line
-    assert contents(".") == before and not Path("executed").exists()
+    for name in ("resume", "evaluate"):
+        assert f"--{name} copy" in refusal(script, capsys, **{name: str(folder)})
+        assert contents(".") == before and not Path("executed").exists()
 
 
 def test_a_run_of_another_script_is_refused(interrupted, capsys):
@@ -330,20 +596,8 @@ def test_a_run_of_another_script_is_refused(interrupted, capsys):
     before = contents(folder)
     for other in harness.SCRIPTS:
         if other != script:
-            assert "another script" in (line := refusal(other, capsys, resume=str(folder))) or other in line
-            assert "another script" in (line := refusal(other, capsys, evaluate=str(folder))) or "script" in line
-    assert contents(folder) == before
-
-
-def test_a_run_of_another_script_is_refused_before_its_first_checkpoint_too(interrupted, capsys):
-    script, source = interrupted
-    folder = Path(shutil.copytree(source, source.name))
-    for path in [*folder.glob("*.pt"), *folder.glob("*.bin")]:
-        path.unlink()
-    before = contents(folder)
-    for other in harness.SCRIPTS:
-        if other != script:
-            assert other in refusal(other, capsys, resume=str(folder))
+            assert "--resume copy" in refusal(other, capsys, resume=str(folder))
+            assert "--evaluate copy" in refusal(other, capsys, evaluate=str(folder))
     assert contents(folder) == before
 
 
@@ -351,10 +605,10 @@ def test_a_checkpoint_of_another_script_is_refused(interrupted, capsys):
     script, source = interrupted
     folder = Path(shutil.copytree(source, "copy"))
     checkpoint = harness.saved(folder / "checkpoint.pt")
-    assert checkpoint["script"] == script
-    torch.save(checkpoint | {"script": "other"}, folder / "checkpoint.pt")
+    assert checkpoint["run"].startswith(script)
+    torch.save(checkpoint | {"run": "other" + checkpoint["run"].removeprefix(script)}, folder / "checkpoint.pt")
     before = contents(folder)
-    assert "checkpoint.pt" in refusal(script, capsys, resume=str(folder))
+    assert "another script" in refusal(script, capsys, resume=str(folder))
     assert contents(folder) == before
 
 
@@ -362,107 +616,44 @@ def test_resume_takes_no_other_argument(interrupted, capsys):
     script, source = interrupted
     folder = Path(shutil.copytree(source, "copy"))
     before = contents(".")
-    assert "--seed" in refusal(script, capsys, resume=str(folder), seed=2)
-    assert "--cuda" in refusal(script, capsys, resume=str(folder), cuda=False)
-    assert "--total-timesteps" in refusal(script, capsys, resume=str(folder), total_timesteps=5000)
-    assert "--resume" in refusal(script, capsys, resume=str(folder), evaluate=str(folder))
+    for other in ({"seed": 2}, {"cuda": False}, {"total_timesteps": 2_000_000}, {"evaluate": str(folder)}):
+        assert "--resume" in refusal(script, capsys, resume=str(folder), **other), other
+    for other in ({"seed": 2}, {"cuda": False}, {"eval_interval": 5}, {"track": True}):
+        assert "arguments" in refusal(script, capsys, evaluate=str(folder), **other), other
     assert contents(".") == before
 
 
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_finished_run_says_that_it_is_finished(script, capsys, tmp_path_factory):
-    folder = uninterrupted(script, tmp_path_factory)
-    before = contents(folder)
-    assert "finished" in refusal(script, capsys, resume=str(folder))
-    assert contents(folder) == before
+def test_a_refused_resume_is_one_line_on_the_screen(tmp_path_factory):
+    folder = killed_after(ONE, 300, tmp_path_factory)
+    REFUSED["a truncated checkpoint"](folder)
+    assert Fork(ONE, "--resume", folder).wait() == 2 and Path("out.txt").read_text() == ""
+    assert re.fullmatch("error: --resume copy.*\n", Path("err.txt").read_text())
 
 
-@pytest.mark.parametrize("damage", ["a truncated checkpoint", "a pickle that runs code", "no args.json"])
-def test_a_refused_resume_is_one_line_on_the_screen(damage, interrupted):
-    script, source = interrupted
-    folder = Path(shutil.copytree(source, "copy"))
-    REFUSED[damage](folder)
-    result = harness.run(script, "--resume", folder)
-    assert result.returncode == 2 and result.stdout == ""
-    assert re.fullmatch("error: --resume copy.*\n", result.stderr), result.stderr
+# ===== When and where =====
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_signal_ends_the_run_after_its_episode_and_says_how_to_go_on(script, number, tmp_path_factory):
-    args = harness.short_args(script, **SETTINGS | {"checkpoint_interval": 0})
-    process = start(script, *harness.flags(args))
-    wait_for(process, "runs/*/events*")
-    time.sleep(0.4)
-    process.send_signal(number)
-    assert process.wait() not in (0, -number)
-    folder = the_folder()
-    out, err = Path("out.txt").read_text(), Path("err.txt").read_text()
-    assert "Traceback" not in err and not (folder / "model.pt").exists()
-    assert sorted(path.suffix for path in folder.glob("[bc]*")) == [".bin", ".pt"]
-
-    step, words = re.search(r"step (\d+); go on with: (.*)", out).groups()
-    assert 0 < int(step) < args.total_timesteps
-    assert int(step) == logged(folder)["charts/episodic_return"][-1][0]  # the end of an episode
-    words = shlex.split(words)
-    assert (
-        words[0] == "python"
-        and Path(words[1]).resolve() == harness.PATHS[script]
-        and words[2:] == ["--resume", str(folder)]
-    )
-    result = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(folder, uninterrupted(script, tmp_path_factory))
-    assert not list(folder.glob("*.bin"))
+@with_all
+def test_a_checkpoint_interval_of_zero_saves_at_the_start_and_at_the_end_alone(script, monkeypatch):
+    saves, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (saves.append(paths), replace(*paths)))
+    folder = harness.SCRIPTS[script].main(harness.short_args(script, total_timesteps=500, checkpoint_interval=0))
+    assert {path.name for path in (folder / "models").iterdir()} == {"0.pt", "500.pt"} and len(saves) == 2
 
 
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_second_signal_leaves_at_once(script):
-    args = harness.short_args(script, env_id="toys:ToyEndless-v0", total_timesteps=10_000_000, buffer_size=1000)
-    process = start(script, *harness.flags(args))
-    wait_for(process, "runs/*/events*")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None  # its episode has no end
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0
-    assert "Traceback" not in Path("err.txt").read_text()
-    assert not list(the_folder().glob("[bcm]*"))
+@with_all
+def test_a_checkpoint_is_written_at_the_first_episode_end_after_each_interval(script):
+    args = harness.short_args(script, total_timesteps=1500, learning_starts=1400, checkpoint_interval=350)
+    folder = harness.SCRIPTS[script].main(args)
+    steps = sorted(int(path.stem) for path in (folder / "models").iterdir())
+    assert steps == [0, 400, 800, 1200, 1400, 1500]  # intervals end at 350, 700, 1050, 1400, episodes every 200 steps
 
 
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_finished_run_leaves_no_buffer_and_no_unfinished_file(script, tmp_path_factory):
-    names = {re.sub("events.*", "events", p.name) for p in uninterrupted(script, tmp_path_factory).iterdir()}
-    assert names == {"args.json", "events", "checkpoint.pt", "model.pt"}
-
-
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_checkpoint_interval_of_zero_writes_no_checkpoint(script):
-    folder = harness.SCRIPTS[script].main(harness.short_args(script, checkpoint_interval=0))
-    assert {re.sub("events.*", "events", path.name) for path in folder.iterdir()} == {"args.json", "events", "model.pt"}
-
-
-@pytest.mark.parametrize("script", harness.SCRIPTS)
-def test_a_checkpoint_is_written_at_the_first_episode_end_after_each_interval(script, monkeypatch):
-    module, steps = harness.SCRIPTS[script], []
-    save = module.ReplayBuffer.save
-
-    def recorded(self, path):
-        steps.append(int(re.fullmatch(r"buffer-(\d+)\.bin", Path(path).name).group(1)))
-        save(self, path)
-        assert Path(path).stat().st_size == len(self) * 4 * (3 + 1 + 1 + 3 + 1)
-
-    monkeypatch.setattr(module.ReplayBuffer, "save", recorded)
-    module.main(harness.short_args(script, total_timesteps=1500, checkpoint_interval=350))
-    assert steps == [400, 800, 1200, 1400]  # intervals end at 350, 700, 1050 and 1400, episodes every 200 steps
-
-
-@pytest.mark.parametrize("script", harness.SCRIPTS)
+@with_all
 def test_two_runs_that_start_in_the_same_second_get_two_folders(script, monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000 + next(ticks) * 1e-6)
-    args = harness.short_args(script, total_timesteps=400)
-    folders = [harness.SCRIPTS[script].main(args) for _ in range(3)]
-    assert len(set(folders)) == 3 and set(folders) == set(Path("runs").iterdir())
-    assert all((folder / "model.pt").exists() for folder in folders)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_000_000 + next(ticks) * 1_000_000)
+    args = harness.short_args(script, total_timesteps=351)
+    folders = [harness.SCRIPTS[script].main(args) for _ in range(2)]
+    assert len(set(folders)) == 2 and set(folders) == set(Path("runs").iterdir())
+    assert all((folder / "models/351.pt").exists() for folder in folders)

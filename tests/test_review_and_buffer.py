@@ -1,11 +1,13 @@
 """Experience review (section 5) and the replay buffer."""
 
+import copy
 import inspect
 
 import numpy as np
 import pytest
 import torch
-from harness import SCRIPTS, scripts_with, short_args
+import toys  # noqa: F401, it registers tasks
+from harness import SCRIPTS, events, scripts_with, short_args
 
 OBS, ACTIONS = 3, 2
 BUFFERS = scripts_with("ReplayBuffer", "Batch")
@@ -50,6 +52,22 @@ def thresholds_by_hand(counts, totals, floor):
             rates.append(0.9 * rates[-1] + 0.1 * abs(dormant - counts[n - 1]) / total)
         thresholds.append(max(floor, rates[-1] / max(rates)) if max(rates) > 0 else 1.0)
     return thresholds
+
+
+@pytest.mark.parametrize("script", scripts_with("ReviewGate"))
+def test_a_gate_counts_its_reviews_and_goes_on_from_its_state(script):
+    gate, rng = SCRIPTS[script].ReviewGate(0.3), np.random.default_rng(0)
+    for dormant in rng.integers(0, 100, 30).tolist() + [50] * 9:
+        gate.update(dormant, 100)
+    draws = rng.random(1000).tolist()
+    assert sum(gate.review(u) for u in draws) == gate.reviewed == sum(u > gate.threshold for u in draws) > 0
+    again = SCRIPTS[script].ReviewGate()
+    again.load_state_dict(copy.deepcopy(gate.state_dict()))
+    for dormant in rng.integers(0, 100, 30).tolist() + [50] * 40:
+        for each in (gate, again):
+            each.update(dormant, 100)
+        assert (again.threshold, again.review(0.4), again.reviewed) == (gate.threshold, gate.review(0.4), gate.reviewed)
+    assert again.threshold == 0.3
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 0.9, 1.0])
@@ -154,39 +172,29 @@ def test_arrays_given_to_the_buffer_and_batches_taken_from_it_may_be_changed(scr
 
 
 @pytest.mark.parametrize("count", [5, 20, 33])
-@pytest.mark.parametrize("script", scripts_with("ReplayBuffer", "save_checkpoint"))
-def test_a_saved_buffer_is_the_same_after_loading(script, count, tmp_path):
+@pytest.mark.parametrize("script", BUFFERS)
+def test_a_buffer_made_of_its_rows_and_their_number_goes_on_as_it_was(script, count):
     rb, ring = filled(SCRIPTS[script], count, 20)
-    rb.save(tmp_path / "buffer.bin")
-    loaded = SCRIPTS[script].ReplayBuffer(20, OBS, ACTIONS, torch.device("cpu"))
-    loaded.load(tmp_path / "buffer.bin", rb.size, rb.position)
-    for number in range(count, count + 9):  # goes on as the saved one would
-        assert len(loaded) == len(ring)
-        assert set(numbers(loaded.sample(500))) == {round(added[0][0]) for added in ring}
+    again = SCRIPTS[script].ReplayBuffer(20, OBS, ACTIONS, torch.device("cpu"))
+    again.rows[: len(rb)], again.added = rb.rows[: len(rb)].clone(), rb.added
+    assert rb.added == count
+    for number in range(count, count + 9):
+        assert len(again) == len(ring)
+        assert set(numbers(again.sample(500))) == {round(added[0][0]) for added in ring}
         added = transition(number, terminated=number % 3 == 0)
-        loaded.add(*added)
+        again.add(*added)
         ring = [*ring, added][-20:]
-
-
-@pytest.mark.parametrize("script", scripts_with("ReplayBuffer", "save_checkpoint"))
-def test_a_damaged_buffer_file_is_refused(script, tmp_path):
-    rb, _ = filled(SCRIPTS[script], 12, 20)
-    rb.save(tmp_path / "whole.bin")
-    content = (tmp_path / "whole.bin").read_bytes()
-    for name, damaged in {"short": content[:-1], "empty": b"", "half": content[: len(content) // 2]}.items():
-        (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(OSError):
-            SCRIPTS[script].ReplayBuffer(20, OBS, ACTIONS, torch.device("cpu")).load(tmp_path / name, 12, 12)
-    with pytest.raises(OSError):
-        SCRIPTS[script].ReplayBuffer(20, OBS, ACTIONS, torch.device("cpu")).load(tmp_path / "none", 12, 12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 20, 39, 40, 41, 55, 79, 80, 133])
 @pytest.mark.parametrize("script", REVIEWING)
-def test_the_oldest_quarter_is_the_oldest_by_time_of_insertion(script, count):
+def test_the_oldest_share_is_the_oldest_by_time_of_insertion(script, count):
     rb, ring = filled(SCRIPTS[script], count, 40)
     quarter = {round(added[0][0]) for added in ring[: max(1, len(ring) // 4)]}
     assert set(numbers(rb.sample(600, oldest=0.25))) == quarter
+    tenth, most = ({round(added[0][0]) for added in ring[: max(1, int(len(ring) * share))]} for share in (0.1, 0.8))
+    assert set(numbers(rb.sample(200, oldest=0.1))) == tenth
+    assert set(numbers(rb.sample(2000, 0.8, torch.Generator().manual_seed(0)))) == most
     assert set(numbers(rb.sample(2000, oldest=1.0))) == {round(added[0][0]) for added in ring}
 
 
@@ -199,80 +207,140 @@ def test_draws_from_the_oldest_quarter_are_uniform(script):
     assert ((drawn[17:27] - 2000) ** 2 / 2000).sum() < 27.9  # chi-square with 9 degrees of freedom: p = 0.001
 
 
+# ===== Storing in training =====
+
+
+@pytest.mark.parametrize("script", scripts_with("main", "ReplayBuffer", "MLP"))
+def test_an_observation_that_its_task_changes_in_place_is_stored_as_it_was(script, monkeypatch):
+    module, stored = SCRIPTS[script], []
+
+    class Buffer(module.ReplayBuffer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            stored.append(self)
+
+    monkeypatch.setattr(module, "ReplayBuffer", Buffer)
+    module.main(short_args(script, env_id="ToyInPlace-v0", total_timesteps=80, learning_starts=30))
+    [rb] = stored
+    obs, actions, reward, next_obs, terminated = (column.numpy() for column in rb.rows[:80].split([2, 1, 1, 2, 1], 1))
+    expected = np.float32([(episode, step) for episode in range(12) for step in range(7)][:80])
+    assert (obs == expected).all()
+    assert (next_obs == np.add(expected, [0, 1])).all()
+    assert (reward == actions).all() and not terminated.any()
+
+
 # ===== Review in training =====
 
 
-def recorded_run(script, monkeypatch, **changes):
-    """Trains for 240 gradient steps -> (share, numbers of the oldest and the newest in the buffer, the draws' numbers)
-    of each batch, and the gate's (dormant, total, threshold) at each count."""
-    module, batches, counts = SCRIPTS[script], [], []
-    args = short_args(script, total_timesteps=300, learning_starts=60, neuron_interval=20, buffer_size=100, **changes)
+class Recording:
+    """A run of 240 gradient steps, and what it drew.
 
-    class Buffer(module.ReplayBuffer):
-        added = 0
+    batches: of each batch that is learned from, the share of the buffer, the numbers of its oldest transition and of
+    its next one, and the numbers drawn; draws: the u of each decision to review; counts: at each count of dormant
+    neurons, how many batches came before, what the gate was told, its threshold, and what this recording counts.
+    """
 
-        def add(self, obs, actions, reward, next_obs, terminated):
-            super().add(obs, actions, self.added, next_obs, terminated)
-            self.added += 1
+    def __init__(self, script, monkeypatch, decide=None, silent=(0, 0), **changes):
+        module, self.batches, self.counts, self.draws, networks, last = SCRIPTS[script], [], [], [], {}, []
+        changes = {"total_timesteps": 300, "learning_starts": 60, "neuron_interval": 20, "buffer_size": 100} | changes
+        self.args, deepcopy, recording = short_args(script, **changes), copy.deepcopy, self
 
-        def sample(self, *given, **named):
-            call = inspect.signature(super().sample).bind(*given, **named)
-            batch = super().sample(*given, **named)
-            if call.arguments["batch_size"] == args.batch_size:
-                span = self.added - len(self), self.added
-                batches.append((call.arguments.get("oldest", 1.0), span, batch.reward.long().tolist()))
-            return batch
+        class Buffer(module.ReplayBuffer):
+            def add(self, obs, actions, reward, next_obs, terminated):
+                super().add(obs, actions, self.added, next_obs, terminated)
 
-    class Gate(module.ReviewGate):
-        def update(self, dormant, total):
-            super().update(dormant, total)
-            counts.append((len(batches), dormant, total, self.threshold))
+            def sample(self, *given, **named):
+                call = inspect.signature(super().sample).bind(*given, **named)
+                batch, span = super().sample(*given, **named), (self.added - len(self), self.added)
+                if call.arguments["batch_size"] == recording.args.batch_size:
+                    recording.batches.append((call.arguments.get("oldest", 1.0), span, batch.reward.long().tolist()))
+                last[:] = [batch, set(range(*span))]
+                return batch
 
-    monkeypatch.setattr(module, "ReplayBuffer", Buffer)
-    monkeypatch.setattr(module, "ReviewGate", Gate)
-    module.main(args)
-    return batches, counts
+        def copied(thing, *rest):
+            if isinstance(thing, torch.nn.ModuleDict):
+                networks.update(thing)
+                for name, count in zip(("qf1", "qf2"), silent, strict=True):
+                    thing[name].fc1.bias.data[:count] = -1000
+            return deepcopy(thing, *rest)
+
+        def dormant():
+            """Counts the dormant neurons of both critics on the batch drawn last, by numpy."""
+            [batch, held], found = last, []
+            assert len(batch.obs) == 2048 and set(batch.reward.long().tolist()) == held
+            for name in ("qf1", "qf2"):
+                h = torch.cat([batch.obs, batch.actions], 1).double().numpy()
+                for layer in (networks[name].fc1, networks[name].fc2):
+                    h = np.maximum(h @ layer.weight.detach().double().numpy().T + layer.bias.detach().numpy(), 0)
+                    found.append((h.mean(0) / h.mean() <= recording.args.dormant_tau).sum())
+            return sum(found)
+
+        monkeypatch.setattr(module, "ReplayBuffer", Buffer)
+        monkeypatch.setattr(module.copy, "deepcopy", copied)
+        if hasattr(module, "ReviewGate"):
+
+            class Gate(module.ReviewGate):
+                def update(self, count, total):
+                    super().update(count, total)
+                    recording.counts.append((len(recording.batches), count, total, self.threshold, dormant()))
+
+                def review(self, u):
+                    recording.draws.append(u)
+                    return super().review(u) if decide is None else decide(u)
+
+            monkeypatch.setattr(module, "ReviewGate", Gate)
+        self.folder = module.main(self.args)
 
 
-@pytest.mark.parametrize("script", scripts_with("ReplayBuffer", "ReviewGate", "QNetwork"))
-def test_reviewing_batches_come_from_the_oldest_quarter_of_the_buffer(script, monkeypatch):
-    draws = []
+REVIEWED = scripts_with("main", "ReplayBuffer", "ReviewGate", "MLP")
 
-    def review(self, u):
-        draws.append(u)
-        return u > 0.5
 
-    monkeypatch.setattr(SCRIPTS[script].ReviewGate, "review", review)
-    batches, _ = recorded_run(script, monkeypatch)
+@pytest.mark.parametrize("oldest", [0.25, 0.6])
+@pytest.mark.parametrize("script", REVIEWED)
+def test_reviewing_batches_come_from_the_oldest_share_of_the_buffer(script, oldest, monkeypatch):
+    changes = {} if oldest == 0.25 else {"review_oldest": oldest}
+    recording, newest = Recording(script, monkeypatch, decide=lambda u: u > 0.5, **changes), []
+    draws, batches = recording.draws, recording.batches
     assert len(batches) == len(draws) == 240
     assert 0 <= min(draws) < 0.05 and 0.95 < max(draws) < 1 and np.mean(draws) == pytest.approx(0.5, abs=0.06)
-    newest = []
     for u, (share, (first, end), drawn) in zip(draws, batches, strict=True):
-        assert share == (0.25 if u > 0.5 else 1.0)
+        assert share == (oldest if u > 0.5 else 1.0)
         assert min(drawn) >= first and max(drawn) < first + max(1, int((end - first) * share))
         newest.append(max(drawn) >= end - (end - first) // 4)
     assert any(newest)
 
 
-@pytest.mark.parametrize("script", scripts_with("ReplayBuffer", "ReviewGate", "QNetwork"))
-def test_dormant_neurons_of_both_critics_are_counted_at_each_interval(script, monkeypatch):
-    module = SCRIPTS[script]
-    original = module.QNetwork.__init__
-
-    def with_silent_neurons(self, *given):
-        original(self, *given)
-        self.fc1.bias.data[:3] = -1000
-
-    monkeypatch.setattr(module.QNetwork, "__init__", with_silent_neurons)
-    _, counts = recorded_run(script, monkeypatch, prune=False, grow=False, hidden_dim=24)
+@pytest.mark.parametrize("changes", [{}, {"dormant_tau": 0.0}, {"dormant_tau": 0.5, "review_floor": 0.9}], ids=str)
+@pytest.mark.parametrize("script", REVIEWED)
+def test_dormant_neurons_of_both_critics_are_counted_at_each_interval(script, changes, monkeypatch):
+    changes = changes | {"prune": False, "grow": False, "hidden_dim": 24}
+    recording = Recording(script, monkeypatch, silent=(3, 9), **changes)
+    counts, floor = recording.counts, changes.get("review_floor", 0.5)
     assert [count[0] for count in counts] == list(range(20, 241, 20))
-    assert all(total == 4 * 24 and 6 <= dormant < 96 for _, dormant, total, _ in counts)
-    expected = thresholds_by_hand([count[1] for count in counts], [96] * len(counts), 0.5)
+    assert all(total == 4 * 24 and 12 <= dormant < 96 for _, dormant, total, _, _ in counts)
+    assert [dormant for _, dormant, *_ in counts] == [by_hand for *_, by_hand in counts]
+    expected = thresholds_by_hand([count[1] for count in counts], [96] * len(counts), floor)
     assert [count[3] for count in counts] == pytest.approx(expected)
+    assert floor == 0.5 or floor in expected
+
+    log, thresholds = events(recording.folder), [1.0, *expected]
+    steps = range(80, 301, 20)
+    assert log["ne/review_threshold"] == [(n, pytest.approx(e)) for n, e in zip(steps, expected, strict=True)]
+    reviewed = np.array([u > thresholds[n // 20] for n, u in enumerate(recording.draws)])
+    shares = reviewed.reshape(12, 20).mean(1)
+    assert log["ne/review_share"] == [(n, pytest.approx(e)) for n, e in zip(steps, shares, strict=True)]
+    assert [share < 1 for share, _, _ in recording.batches] == reviewed.tolist() and any(reviewed)
 
 
-@pytest.mark.parametrize("script", scripts_with("ReplayBuffer", "ReviewGate", "QNetwork"))
+@pytest.mark.parametrize("script", REVIEWED)
 def test_without_review_every_batch_is_uniform(script, monkeypatch):
-    monkeypatch.setattr(SCRIPTS[script].ReviewGate, "review", lambda self, u: True)
-    batches, counts = recorded_run(script, monkeypatch, review=False)
-    assert not counts and {share for share, _, _ in batches} == {1.0}
+    recording = Recording(script, monkeypatch, decide=lambda u: True, review=False)
+    assert not recording.counts and {share for share, _, _ in recording.batches} == {1.0}
+
+
+@pytest.mark.parametrize("script", REVIEWED)
+def test_what_pruning_growth_and_review_draw_leaves_the_draws_of_td3_as_they_are(script, monkeypatch):
+    ne = Recording(script, monkeypatch, decide=lambda u: False, growth_criterion="random", growth_interval=20)
+    assert len(ne.draws) == 240 and len(ne.counts) == 12
+    td3 = Recording("td3_continuous", monkeypatch)
+    assert td3.batches == ne.batches and len(td3.batches) == 240

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from harness import SCRIPTS, scripts_with
+from harness import SCRIPTS, saved, scripts_with, short_args
 
 SHAPES = {
     "HalfCheetah critic": [(256, 23), (256, 256), (1, 256)],
     "HalfCheetah actor": [(256, 17), (256, 256), (6, 256)],
+    "Humanoid critic": [(256, 393), (256, 256), (1, 256)],
     "Pendulum critic": [(64, 4), (64, 64), (1, 64)],
     "DrQ head": [(1024, 56), (1024, 1024), (1, 1024)],
     "one layer": [(7, 5)],
@@ -97,19 +98,48 @@ def test_a_density_outside_0_1_is_refused(script, density):
         SCRIPTS[script].erdos_renyi_densities(SHAPES["Pendulum critic"], density)
 
 
+@pytest.mark.parametrize("density", [1e-5, 0.05, 0.25, 0.7, 1.0])
+@pytest.mark.parametrize("network", SHAPES)
+@pytest.mark.parametrize("script", scripts_with("connection_counts"))
+def test_connections_are_counted_by_density_and_never_none(script, network, density):
+    shapes = SHAPES[network]
+    counts = SCRIPTS[script].connection_counts(layers_of(SCRIPTS[script], shapes), density)
+    exact = bisected_densities(shapes, density) * [n_out * n_in for n_out, n_in in shapes]
+    assert all(isinstance(count, int) and count >= 1 for count in counts)
+    assert all(abs(count - max(1, n)) <= 0.5 + 1e-6 for count, n in zip(counts, exact, strict=True))
+
+
+@pytest.mark.parametrize("density", [1e-5, 0.05, 0.25, 0.7, 1.0])
+@pytest.mark.parametrize("script", scripts_with("connection_counts"))
+def test_dense_ends_leave_the_density_to_the_layers_between(script, density):
+    counts = SCRIPTS[script].connection_counts
+    for shapes in (SHAPES["HalfCheetah actor"], SHAPES["Humanoid critic"]):
+        first, between, last = (n_out * n_in for n_out, n_in in shapes)
+        assert counts(layers_of(SCRIPTS[script], shapes), density, True) == [
+            first,
+            max(1, round(density * between)),
+            last,
+        ]
+    shapes = SHAPES["four layers"]
+    between = bisected_densities(shapes[1:-1], density) * [50 * 40, 8 * 50]
+    found = counts(layers_of(SCRIPTS[script], shapes), density, dense_ends=True)
+    assert found[::3] == [40 * 30, 90 * 8]
+    assert all(abs(count - max(1, n)) <= 0.5 + 1e-6 for count, n in zip(found[1:3], between, strict=True))
+
+
 # ===== Sparse start =====
 
 
 @pytest.mark.parametrize("density", [0.05, 0.25, 0.6, 1.0])
-@pytest.mark.parametrize("script", scripts_with("sparse_start_", "Actor", "QNetwork"))
+@pytest.mark.parametrize("script", scripts_with("sparse_start_", "Actor", "MLP"))
 def test_sparse_start_keeps_the_exact_number_of_connections_and_the_default_weights(script, density):
     module, generator = SCRIPTS[script], torch.Generator().manual_seed(5)
-    low, high = np.float32([-1, -2]), np.float32([1, 3])
-    shapes = {"Actor": [(32, 11), (32, 32), (2, 32)], "QNetwork": [(32, 13), (32, 32), (1, 32)]}
+    low, high = torch.tensor([[-1.0, -2.0], [1.0, 3.0]])
+    shapes = {"Actor": [(32, 11), (32, 32), (2, 32)], "MLP": [(32, 13), (32, 32), (1, 32)]}
     torch.manual_seed(3)
     dense = {name: [nn.Linear(n_in, n_out) for n_out, n_in in shapes[name]] for name in shapes}
     torch.manual_seed(3)
-    networks = {"Actor": module.Actor(11, low, high, 32), "QNetwork": module.QNetwork(11, 2, 32)}
+    networks = {"Actor": module.Actor(11, low, high, 32), "MLP": module.MLP(13, 32, 1)}
     for name, network in networks.items():
         layers = module.masked_layers(network)
         assert layers == [network.fc1, network.fc2, network.fc3]
@@ -154,6 +184,31 @@ def test_sparse_start_draws_connections_uniformly(script):
     assert np.abs(pairs[apart] / draws - q).max() < 4.5 * math.sqrt(q * (1 - q) / draws)
 
 
+@pytest.mark.parametrize("script", scripts_with("sparse_start_", "connection_counts"))
+def test_a_sparse_start_with_dense_ends(script):
+    module = SCRIPTS[script]
+    layers = layers_of(module, SHAPES["Humanoid critic"])
+    weights = [layer.weight.detach().clone() for layer in layers]
+    module.sparse_start_(layers, 0.1, torch.Generator().manual_seed(0), True)
+    assert [int(layer.mask.sum()) for layer in layers] == [256 * 393, round(0.1 * 256 * 256), 256]
+    assert all(torch.equal(layer.weight, w * layer.mask) for layer, w in zip(layers, weights, strict=True))
+
+
+@pytest.mark.parametrize("dense_ends", [False, True])
+@pytest.mark.parametrize("script", scripts_with("main", "connection_counts", "grow_and_prune_"))
+def test_a_run_starts_with_the_densities_that_it_was_told(script, dense_ends):
+    args = short_args(script, total_timesteps=60, learning_starts=10, initial_density=0.3, dense_ends=dense_ends)
+    start = saved(SCRIPTS[script].main(args) / "models" / "0.pt")
+    assert start.keys() == {"actor", "qf1", "qf2"}
+    for name, network in start.items():
+        shapes = [(32, 3 if name == "actor" else 4), (32, 32), (1, 32)]
+        densities = [1, 0.3, 1] if dense_ends else bisected_densities(shapes, 0.3)
+        expected = [round(d * n_out * n_in) for d, (n_out, n_in) in zip(densities, shapes, strict=True)]
+        assert [int(network[f"fc{l}.mask"].sum()) for l in (1, 2, 3)] == expected
+        assert not any(network[f"fc{l}.weight"][~network[f"fc{l}.mask"]].any() for l in (1, 2, 3))
+    assert not torch.equal(start["qf1"]["fc2.mask"], start["qf2"]["fc2.mask"])
+
+
 @pytest.mark.parametrize("script", scripts_with("sparse_start_", "MaskedLinear"))
 def test_every_layer_starts_with_a_connection_at_least(script):
     module = SCRIPTS[script]
@@ -168,6 +223,7 @@ def test_a_masked_layer_is_a_linear_layer_with_all_connections_until_told_otherw
     layer, x = SCRIPTS[script].MaskedLinear(5, 3), torch.randn(8, 5)
     assert isinstance(layer, nn.Linear) and layer.mask.dtype == torch.bool and layer.mask.shape == (3, 5)
     assert layer.mask.all() and "mask" in layer.state_dict()
+    assert layer.pruned == 0 and layer.pruned.dtype == torch.int64 and "pruned" in layer.state_dict()
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -292,12 +348,57 @@ def test_growing_none_or_fewer_changes_nothing(script, k):
     assert torch.equal(layer.mask, mask) and torch.equal(layer.weight, weight)
 
 
-@pytest.mark.parametrize("script", scripts_with("grow_", "QNetwork", "Actor"))
+@pytest.mark.parametrize("excluding", [False, True])
+@pytest.mark.parametrize("script", scripts_with("grow_", "connection_counts"))
+def test_random_growth_draws_uniformly_from_the_candidates(script, excluding):
+    module, draws, k, size = SCRIPTS[script], 4000, 5, (5, 6)
+    layer = sparse_layer(module, size, density=0.4)
+    exclude = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3 if excluding else None
+    mask = layer.mask.clone()
+    candidates = ~mask & ~exclude if excluding else ~mask
+    n, generator = int(candidates.sum()), torch.Generator().manual_seed(0)
+    assert k < n < 30 and (not excluding or (exclude & ~mask).any())
+    single, pairs = torch.zeros(size), torch.zeros(30, 30)
+    for _ in range(draws):
+        layer.mask.copy_(mask)
+        assert module.grow_(layer, k, exclude=exclude, generator=generator) == k
+        grown = (layer.mask & ~mask).float()
+        single += grown
+        pairs += torch.outer(grown.flatten(), grown.flatten())
+    assert not single[~candidates].any()
+    p, q = k / n, k * (k - 1) / (n * (n - 1))
+    assert (single[candidates] / draws - p).abs().max() < 4.5 * math.sqrt(p * (1 - p) / draws)
+    apart = torch.outer(candidates.flatten(), candidates.flatten()) & ~torch.eye(30, dtype=torch.bool)
+    assert (pairs[apart] / draws - q).abs().max() < 4.5 * math.sqrt(q * (1 - q) / draws)
+
+
+@pytest.mark.parametrize("script", scripts_with("grow_", "connection_counts"))
+def test_random_growth_touches_nothing_but_the_masks_and_its_generator(script):
+    module, masks = SCRIPTS[script], []
+    for seed in (1, 1, 2):
+        layer = sparse_layer(module)
+        mask, weight, bias = (tensor.detach().clone() for tensor in (layer.mask, layer.weight, layer.bias))
+        gradient, layer.weight.grad = layer.weight.grad, None  # it looks at none
+        generator, before = torch.Generator().manual_seed(seed), torch.get_rng_state()
+        assert module.grow_(layer, 20, generator=generator) == 20
+        masks.append(layer.mask.clone())
+        assert int((layer.mask & ~mask).sum()) == 20 and (layer.mask | ~mask).all() and layer.pruned == 0
+        assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias)
+        assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+        layer.weight.grad = gradient
+        assert module.grow_(layer, 10_000, generator=generator) == int((~masks[-1]).sum()) and layer.mask.all()
+        assert module.grow_(layer, 3, generator=generator) == 0 and layer.weight.grad is gradient
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("script", scripts_with("grow_", "MLP", "Actor"))
 def test_growth_leaves_the_function_unchanged_to_the_bit(script):
     module, generator = SCRIPTS[script], torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     obs, actions = torch.randn(300, 5), torch.randn(300, 2)
-    networks = (module.QNetwork(5, 2, 48), (obs, actions)), (module.Actor(5, [-1, 0], [1, 3], 48), (obs,))
+    low, high = torch.tensor([[-1.0, 0.0], [1.0, 3.0]])
+    networks = (module.MLP(7, 48, 1), (obs, actions)), (module.Actor(5, low, high, 48), (obs,))
     for network, inputs in networks:
         layers = module.masked_layers(network)
         module.sparse_start_(layers, 0.2, generator)
@@ -309,18 +410,24 @@ def test_growth_leaves_the_function_unchanged_to_the_bit(script):
         assert all(layer.mask.all() for layer in layers)
 
 
-@pytest.mark.parametrize("script", scripts_with("zero_absent_gradients_", "sparse_weights", "QNetwork"))
-def test_only_the_gradients_of_absent_connections_are_zeroed(script):
+@pytest.mark.parametrize("script", scripts_with("absent_connections", "MLP"))
+def test_absent_connections_are_those_whose_gradients_are_zeroed(script):
     module = SCRIPTS[script]
-    networks = [module.QNetwork(5, 2, 16) for _ in range(2)]
+    networks = [module.MLP(7, 16, 1) for _ in range(2)]
     for network in networks:
         module.sparse_start_(module.masked_layers(network), 0.3, torch.Generator().manual_seed(0))
         network(torch.randn(64, 5), torch.randn(64, 2)).sum().backward()
+    networks[1].fc2.mask.fill_(True)  # nothing to do for a layer that is dense
     parameters = [(name, p) for network in networks for name, p in network.named_parameters()]
     before = [p.grad.clone() for _, p in parameters]
-    masks = [layer.mask for network in networks for layer in module.masked_layers(network)]
-    module.zero_absent_gradients_(*module.sparse_weights(*networks))
-    expected = iter(masks)
+    layers = [layer for network in networks for layer in module.masked_layers(network)]
+    absent = module.absent_connections(*networks)
+    sparse = [layer for layer in layers if not layer.mask.all()]
+    assert 3 <= len(sparse) < 6
+    assert all(weight is layer.weight for (weight, _), layer in zip(absent, sparse, strict=True))
+    for weight, mask in absent:
+        weight.grad.mul_(mask)
+    expected = iter(layer.mask for layer in layers)
     for (name, p), gradient in zip(parameters, before, strict=True):
         active = next(expected) if name.endswith("weight") else torch.ones_like(gradient, dtype=torch.bool)
         assert torch.equal(p.grad[active], gradient[active])

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 SWEEP = harness.ROOT / "benchmark" / "sweep.py"
 sweep = harness.load_script(SWEEP)
 NE, TD3 = harness.PATHS["ne_td3_continuous"], harness.PATHS["td3_continuous"]
-SIZES = {"total_timesteps": 2500, "checkpoint_interval": 200, "eval_interval": 1000}
+SIZES = {"total_timesteps": 1800, "checkpoint_interval": 200, "eval_interval": 1000}
 SHORT = {script: harness.short_args(script, **SIZES) for script in ("td3_continuous", "ne_td3_continuous")}
 
 
@@ -96,6 +96,11 @@ def test_a_runs_folder_depends_on_its_own_arguments_alone():
         (["--grid", "grow", "yes"], "--grid grow yes: is either True or False"),
         (["--grid", "seed", "1", "2"], "--grid seed: is set by the sweep"),
         (["--grid", "gamma", "1", "--", "--gamma", "1"], "stands after -- and in --grid"),
+        (
+            ["--total-timesteps", "900"],
+            "--total-timesteps 900: not the sweep's; arguments of the scripts stand at the end, after --",
+        ),
+        (["--seed", "3"], "--seed 3: not the sweep's"),
         (["--", "--gama", "1"], "--gama: none of the scripts has this argument"),
         (["--", "--resume", "runs/x"], "--resume: is set by the sweep"),
         (["--address", "nowhere"], "--address nowhere: nothing answers there"),
@@ -133,16 +138,14 @@ def test_a_cluster_that_does_not_let_the_sweep_in_is_told_with_the_tokens_variab
 # ===== Deaths and interruptions =====
 
 
-def start(*options, scripts=("td3_continuous", "ne_td3_continuous"), more=()):
-    """Starts a sweep over Pendulum as a user would -> process."""
+def start(*options, scripts=("td3_continuous", "ne_td3_continuous"), more=(), sigint=signal.SIG_DFL):
+    """Starts a sweep over Pendulum as a user would, with SIG_IGN in the background of a shell's script -> process."""
     words = [word for word in harness.flags(SHORT[scripts[-1]]) if word not in ("--env-id", "Pendulum-v1")]
-    paths = [str(harness.PATHS[script]) for script in scripts]
-    command = [sys.executable, str(SWEEP), "--scripts", *paths, "--env-ids", "Pendulum-v1", *options]
-    with open(
-        "out.txt", "a"
-    ) as out:  # Ctrl-C as in a terminal: a shell's background jobs, and what they start, ignore it
-        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen([*command, "--", *words, *more], stdout=out, stderr=out, preexec_fn=default)
+    paths = [str(harness.PATHS.get(script, script)) for script in scripts]
+    command = [sys.executable, str(SWEEP), "--scripts", *paths, "--env-ids", "Pendulum-v1", *options, "--", *words]
+    with open("out.txt", "a") as out:  # what the tests run in may ignore SIGINT itself
+        heed = functools.partial(signal.signal, signal.SIGINT, sigint)
+        return subprocess.Popen([*command, *more], stdout=out, stderr=out, preexec_fn=heed)
 
 
 def until(condition, process=None, seconds=300):
@@ -166,9 +169,9 @@ def training():
 
 
 def numbers(folder):
-    """What a run has learned and logged, but for its speed -> (model, logs)."""
+    """What a run has learned and logged, but for its speed -> (weights, logs)."""
     log = harness.events(folder)
-    return harness.saved(folder / "model.pt"), {tag: values for tag, values in log.items() if tag != "charts/SPS"}
+    return harness.weights(folder), {tag: values for tag, values in log.items() if tag != "charts/SPS"}
 
 
 def assert_undisturbed(script):
@@ -190,13 +193,15 @@ def starts():
     return {script: sum(line.startswith("$ ") for line in log.splitlines()) for script, log in logs.items()}
 
 
-def checkpoints():
-    return len(list(Path("runs").glob("*/runs/*/checkpoint.pt")))
+def begun():
+    """How many runs have a checkpoint from after their start."""
+    kept = [path for path in Path("runs").glob("*/runs/*/models/*.pt") if path.stem != "0"]
+    return len({path.parent for path in kept})
 
 
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_numbers():
     first = start()
-    until(lambda: checkpoints() == 2, first)
+    until(lambda: begun() == 2, first)
     assert len(training()) == 2
     first.kill()
     until(lambda: not training(), seconds=60)  # no orphan goes on beside the next sweep
@@ -215,7 +220,7 @@ def test_when_a_node_dies_its_run_goes_on_on_another_with_the_same_numbers():
     try:
         node = cluster.add_node(num_cpus=1)
         process = start("--address", cluster.address)
-        until(lambda: checkpoints() == 2, process)
+        until(lambda: begun() == 2, process)
         cluster.remove_node(node, allow_graceful=False)
         assert process.wait(400) == 0, Path("out.txt").read_text()
     finally:
@@ -225,36 +230,41 @@ def test_when_a_node_dies_its_run_goes_on_on_another_with_the_same_numbers():
         assert_undisturbed(script)
 
 
-def test_a_run_that_fails_is_reported_and_not_tried_again_while_one_that_is_killed_is():
-    process = start(scripts=["td3_continuous"], more=["--buffer-size", "8"])
+def test_a_run_that_fails_is_not_tried_again_while_one_whose_process_or_worker_is_killed_is():
+    broken = Path("broken.py")
+    broken.write_text("class Args:\n    env_id: str\n    seed: int\n\n\nraise ValueError('it is broken')\n")
+    process = start("--cpus-per-run", "0.5", scripts=[broken.resolve(), "td3_continuous", "ne_td3_continuous"])
+    until(lambda: begun() == 2, process)
+    runs = {Path(run.cmdline()[1]).stem: run for run in training()}
+    runs["td3_continuous"].kill()
+    runs["ne_td3_continuous"].parent().kill()
     assert process.wait(300) == 1
-    assert "--batch-size 16: more than --buffer-size 8 can hold" in Path("out.txt").read_text()
-    assert starts() == {"td3_continuous": 1}
-    for folder in Path("runs").iterdir():
-        folder.rename(Path("elsewhere"))
-    process = start(scripts=["td3_continuous"])
-    until(lambda: checkpoints() == 1, process)
-    training()[0].kill()
-    assert process.wait(300) == 0 and starts() == {"td3_continuous": 2}
-    assert_undisturbed("td3_continuous")
+    assert "ValueError: it is broken" in Path("out.txt").read_text()
+    # an orphan would have finished alone
+    assert starts() == {"broken": 1, "td3_continuous": 2, "ne_td3_continuous": 2}
+    for script in ("td3_continuous", "ne_td3_continuous"):
+        assert_undisturbed(script)
 
 
-def test_a_run_dies_with_the_worker_that_started_it_and_goes_on_with_another():
-    process = start(scripts=["td3_continuous"])
-    until(lambda: checkpoints() == 1, process)
-    training()[0].parent().kill()
-    assert process.wait(300) == 0 and starts() == {"td3_continuous": 2}  # an orphan would have finished alone
-    assert_undisturbed("td3_continuous")
-
-
-def test_an_interrupted_sweep_has_its_runs_write_checkpoints():
+@pytest.mark.parametrize(("number", "sigint"), [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)])
+def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, sigint):
     long = ["--total-timesteps", "1000000"]  # not finished before the signal, however fast the machine
-    process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0", *long])
-    until(lambda: list(Path("runs").glob("*/runs/*/events*")), process)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(200) == 130 and "the same command goes on" in Path("out.txt").read_text()
-    assert checkpoints() == 1 and not training()
+    process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0", *long], sigint=sigint)
+    until(lambda: list(Path("runs").glob("*/runs/*/checkpoint.pt")), process)
+    assert begun() == 0
+    process.send_signal(number)
+    assert process.wait(200) == 128 + number and "the same command goes on" in Path("out.txt").read_text()
+    assert begun() == 1 and not training()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"total_timesteps": 900}'])
+def test_a_run_that_was_killed_while_it_began_is_not_finished(content):
+    Path("runs/x/models").mkdir(parents=True)
+    Path("runs/x/args.json").write_text(content)
+    Path("runs/x/models/0.pt").touch()
+    assert not sweep.is_finished(".")
+    Path("runs/x/models/900.pt").touch()
+    assert sweep.is_finished(".") == ("900" in content)
 
 
 # ===== Progress =====

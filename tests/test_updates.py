@@ -1,6 +1,7 @@
 """TD3's updates, computed again by hand from a real run, and the invariant of masks (section 1)."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 from typing import ClassVar
@@ -11,7 +12,7 @@ import pytest
 import torch
 from harness import SCRIPTS, Counter, events, scripts_with, short_args
 
-TRAINING = scripts_with("main", "Actor", "QNetwork", "ReplayBuffer", "adam_step_")
+TRAINING = scripts_with("main", "Actor", "MLP", "ReplayBuffer")
 LOW, HIGH = np.float64([-1, -0.5, 2]), np.float64([3, 0.25, 2.5])
 SCALE, BIAS = (HIGH - LOW) / 2, (HIGH + LOW) / 2
 OBS, ACTIONS = 2, 3
@@ -57,7 +58,7 @@ class Recording:
         values |= {"learning_rate": 1e-2, "prune": False, "env_id": "Lopsided-v0"}
         self.args, self.clipped_targets = short_args(script, **(values | changes)), 0
         module, Lopsided.actions = self.module, []
-        deepcopy, adam_step_ = copy.deepcopy, module.adam_step_
+        deepcopy, adam_step = copy.deepcopy, torch.optim.Adam.step
 
         def made(kind, network):
             names = [name for name in NAMES if name.startswith(kind) and name not in self.networks]
@@ -74,9 +75,9 @@ class Recording:
 
         def copied(thing, *rest):
             result = deepcopy(thing, *rest)
-            for name, network in self.networks.items():
-                if thing is network:
-                    self.targets[name] = result
+            if isinstance(thing, torch.nn.ModuleDict):
+                assert dict(thing) == self.networks
+                self.targets |= result
             return result
 
         class Buffer(module.ReplayBuffer):
@@ -88,26 +89,27 @@ class Recording:
                     self.steps.append(SimpleNamespace(batch=arrays, rng=rng, networks=networks, actor=None))
                 return batch
 
-        def step(optimizer):
+        def step(optimizer, *given):
             step, before = self.steps[-1], self.all_networks()
             now = {name: gradients(self.networks[name]) for name in NAMES}
-            adam_step_(optimizer)
+            adam_step(optimizer, *given)
             of_actor = optimizer.param_groups[0]["params"][0] is self.networks["actor"].fc1.weight
             done = SimpleNamespace(before=before, gradients=now, after=self.all_networks())
             setattr(step, "actor" if of_actor else "critics", done)
             if at_adam_step:
                 at_adam_step(self, NAMES[:1] if of_actor else NAMES[1:], optimizer)
 
-        actor, q_network = module.Actor, module.QNetwork
+        actor, q_network = module.Actor, module.MLP
         monkeypatch.setattr(module, "Actor", lambda *given: made("actor", actor(*given)))
-        monkeypatch.setattr(module, "QNetwork", lambda *given: made("q", q_network(*given)))
+        monkeypatch.setattr(module, "MLP", lambda *given: made("q", q_network(*given)))
         monkeypatch.setattr(module.copy, "deepcopy", copied)
         monkeypatch.setattr(module, "ReplayBuffer", Buffer)
-        monkeypatch.setattr(module, "adam_step_", step)
+        monkeypatch.setattr(torch.optim.Adam, "step", step)
         self.folder = module.main(self.args)
         self.end = self.all_networks()
         self.after = [step.networks for step in self.steps[1:]] + [self.end]
-        assert len(self.steps) == self.args.total_timesteps - self.args.learning_starts
+        learning = self.args.total_timesteps - self.args.learning_starts
+        assert len(self.steps) == self.args.replay_ratio * learning
 
     def all_networks(self):
         return {name: snapshot(network) for name, network in self.networks.items()} | {
@@ -253,24 +255,6 @@ def test_every_optimizer_step_is_the_textbook_adam(script, monkeypatch):
                     assert found == pytest.approx(change, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("script", scripts_with("adam_step_"))
-def test_the_short_adam_step_is_that_of_torch_bit_by_bit(script):
-    torch.manual_seed(0)
-    networks = [torch.nn.Sequential(torch.nn.Linear(7, 19), torch.nn.Linear(19, 3))]
-    networks.append(copy.deepcopy(networks[0]))
-    optimizers = [torch.optim.Adam(network.parameters(), lr=3e-3, fused=True) for network in networks]
-    for _ in range(20):
-        for pair in zip(*(network.parameters() for network in networks), strict=True):
-            pair[0].grad = torch.randn_like(pair[0]) * 10 ** torch.randn(())
-            pair[1].grad = pair[0].grad.clone()
-        SCRIPTS[script].adam_step_(optimizers[0])
-        optimizers[1].step()
-        for a, b in zip(*(network.parameters() for network in networks), strict=True):
-            assert torch.equal(a, b)
-            states = optimizers[0].state[a], optimizers[1].state[b]
-            assert all(torch.equal(states[0][name], states[1][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
-
-
 @pytest.mark.parametrize("script", TRAINING)
 def test_targets_start_as_exact_copies_and_follow_by_polyak_averaging(script, monkeypatch):
     recording = Recording(script, monkeypatch, tau=0.03)
@@ -282,7 +266,7 @@ def test_targets_start_as_exact_copies_and_follow_by_polyak_averaging(script, mo
         assert not own & {p.data_ptr() for p in recording.targets[name].parameters()}
         for t, (step, after) in enumerate(zip(recording.steps, recording.after, strict=True), start=1):
             for key, before in step.networks[f"target {name}"].items():
-                if not key.startswith("fc") or key.endswith("mask"):
+                if not key.endswith(("weight", "bias")):
                     continue
                 expected = before + (t % 2 == 0) * 0.03 * (after[name][key] - before)
                 assert after[f"target {name}"][key] == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -295,10 +279,23 @@ def test_actor_and_targets_learn_at_every_third_step_only(script, monkeypatch):
         changed = {
             name
             for name, before in step.networks.items()
-            if any((before[key] != after[name][key]).any() for key in before if not key.endswith("mask"))
+            if any((before[key] != after[name][key]).any() for key in before if key.endswith(("weight", "bias")))
         }
         delayed = {"actor", "target actor", "target qf1", "target qf2"} if t % 3 == 0 else set()
         assert changed == {"qf1", "qf2"} | delayed
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_replay_ratio_takes_so_many_gradient_steps_after_each_environment_step(script, monkeypatch):
+    changes = {"total_timesteps": 50, "replay_ratio": 3, "policy_frequency": 2, "neuron_interval": 10}
+    recording = Recording(script, monkeypatch, **changes)
+    assert len(recording.steps) == 3 * len(recording.acts) == 90
+    assert [step.actor is not None for step in recording.steps] == [t % 2 == 0 for t in range(1, 91)]
+    for (_, acting, _), step in zip(recording.acts, recording.steps[::3], strict=True):  # three steps between actions
+        assert all((acting[key] == value).all() for key, value in step.networks["actor"].items())
+    assert all((a.batch.reward != b.batch.reward).any() for a, b in itertools.pairwise(recording.steps))
+    log = events(recording.folder)
+    assert [step for step, _ in log["neurons/actor/fau"]] == [20 + math.ceil(t / 3) for t in range(10, 91, 10)]
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -361,7 +358,7 @@ def test_the_actor_acts_on_the_latest_observation_and_its_latest_weights(script,
 # ===== The invariant =====
 
 
-@pytest.mark.parametrize("script", scripts_with("main", "Actor", "QNetwork", "MaskedLinear", "adam_step_"))
+@pytest.mark.parametrize("script", scripts_with("main", "Actor", "MLP", "MaskedLinear"))
 def test_absent_connections_and_their_moments_are_zero_after_every_step(script, monkeypatch):
     lost, grown, previous, moved, seen = {}, {}, {}, {}, dict.fromkeys(NAMES, 0)
 

@@ -110,6 +110,24 @@ class NanReward(Toy):
         return float("nan") if self.taken >= 600 else super().reward(action)
 
 
+class InPlace(Toy):
+    """Counts episodes and their steps in one array, which it gives out each time, and changes in place."""
+
+    length = 7
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.state = np.array([-1, 0], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.state[:] = self.state[0] + 1, 0
+        return super().reset(seed=seed, options=options)
+
+    def observe(self):
+        self.state[1] = self.steps
+        return self.state
+
+
 class RecordedPendulum(PendulumEnv):
     """Pendulum that keeps what every instance was reset with and which returns it gave."""
 
