@@ -99,7 +99,7 @@ class Args:
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
         # --- NE: densities, and events that fit the run (section 3) ---
         share, longest = (1e-9, 1), self.gradient_steps if self.grow or self.prune else 1e18
-        limits |= {"initial_density": (1e-9, self.final_density), "final_density": share, "review_oldest": share}
+        limits |= {"initial_density": share, "final_density": (self.initial_density, 1), "review_oldest": share}
         limits |= {"review_floor": (0, 1), "growth_interval": (1, longest)}
         if (self.grow or self.prune) and self.growth_interval % max(1, self.policy_frequency):
             raise ValueError(f"--growth-interval must be a multiple of --policy-frequency {self.policy_frequency}")
@@ -458,9 +458,7 @@ def main(args):
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=args.resume, evaluate=play, **own), (
-                "a run has its own arguments, leave others out"
-            )
+            assert args == Args(resume=args.resume, evaluate=play, **own), "a run goes on with its own arguments"
             args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)

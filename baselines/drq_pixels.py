@@ -80,8 +80,7 @@ class Args:
     def __post_init__(self):
         limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
-        # four convolutions need 15 pixels, and MuJoCo's picture has 480 rows
-        limits |= {"image_size": (15, 480), "shift": (0, 1e18), "alpha": (1e-9, 1e18)}
+        limits |= {"image_size": (15, 480), "shift": (0, 1e18), "alpha": (1e-9, 1e18)}  # MuJoCo's picture: 480 rows
         for name, value in vars(self).items():
             low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
             if type(value) in (int, float) and not low <= value <= high:
@@ -95,21 +94,17 @@ def fail(message, code=2):
 
 
 class Pixels(gym.Wrapper):
-    """A task as DrQ plays it: its observations are stacks of frames, its actions are repeated."""
+    """A task as DrQ plays it: the last frames, uint8 [3 * frame_stack, size, size], are seen, actions are repeated."""
 
     def __init__(self, env, size, frame_stack, action_repeat):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)  # the oldest first
         self.frame_stack, self.action_repeat = frame_stack, action_repeat
 
-    def picture(self):
-        """What the task looks like now -> uint8 array [3, size, size]."""
-        return np.ascontiguousarray(self.env.render().transpose(2, 0, 1))
-
     def reset(self, **options):
         _, info = self.env.reset(**options)
-        self.frames = [self.picture()] * self.frame_stack
-        return np.concatenate(self.frames), info
+        self.frames = np.tile(self.env.render().transpose(2, 0, 1), (self.frame_stack, 1, 1))
+        return self.frames, info
 
     def step(self, action):
         total = 0.0
@@ -118,8 +113,8 @@ class Pixels(gym.Wrapper):
             total += float(reward)
             if terminated or truncated:
                 break
-        self.frames = [*self.frames[1:], self.picture()]
-        return np.concatenate(self.frames), total, terminated, truncated, info
+        self.frames = np.concatenate([self.frames[3:], self.env.render().transpose(2, 0, 1)])
+        return self.frames, total, terminated, truncated, info
 
 
 def make_env(args):
@@ -128,10 +123,9 @@ def make_env(args):
     camera = {"height": args.image_size, "width": args.image_size, "camera_id": 2 * ("/quadruped-" in args.env_id)}
     try:
         assert args.env_id.startswith("dm_control/"), "not a task of DM Control"
-        options = {"disable_env_checker": True, "render_mode": "rgb_array", "render_kwargs": camera}
-        env = gym.make(f"shimmy:{args.env_id}", **options)
-        bound = np.abs([env.action_space.low, env.action_space.high]).max()
-        assert bound < 1e10, f"unbounded actions, {env.action_space}"  # MuJoCo's largest number stands for no bound
+        env = gym.make(f"shimmy:{args.env_id}", disable_env_checker=True, render_mode="rgb_array", render_kwargs=camera)
+        # MuJoCo's largest number, 1e10, stands for no bound
+        assert np.abs([env.action_space.low, env.action_space.high]).max() < 1e10, "its actions are not bounded"
         env = Pixels(gym.wrappers.RescaleAction(env, -1.0, 1.0), args.image_size, args.frame_stack, args.action_repeat)
         env.reset(seed=0)  # shows whether there is OpenGL to render with
     except Exception as error:
@@ -140,10 +134,7 @@ def make_env(args):
 
 
 def random_shift(images, shift):
-    """Pads each image with its own edges and crops it at a place of its own (DrQ, section 3.1).
-
-    images: uint8 [n, channels, height, width] -> the same shape.
-    """
+    """Pads each image with its edges, crops it at a place of its own (DrQ, section 3.1): [n, c, h, w] -> the same."""
     n, _, height, width = images.shape
     left, right = (images[..., x, None].expand(-1, -1, -1, shift) for x in (0, -1))
     wide = torch.cat([left, images, right], 3)
@@ -154,22 +145,19 @@ def random_shift(images, shift):
 
 
 class Encoder(nn.Module):
-    """Four 3x3 convolutions, the first one with stride 2, over a stack of frames."""
+    """Four 3x3 convolutions over frames, uint8 [batch, 3 * frame_stack, image_size, image_size] -> [batch, out_dim]."""
 
     def __init__(self, frame_stack, image_size, channels=32):
         super().__init__()
-        self.conv1 = nn.Conv2d(3 * frame_stack, channels, 3, stride=2)
-        self.conv2 = nn.Conv2d(channels, channels, 3)
-        self.conv3 = nn.Conv2d(channels, channels, 3)
-        self.conv4 = nn.Conv2d(channels, channels, 3)
+        first = nn.Conv2d(3 * frame_stack, channels, 3, stride=2)
+        self.convs = nn.ModuleList([first, *(nn.Conv2d(channels, channels, 3) for _ in range(3))])
         self.out_dim = channels * ((image_size - 1) // 2 - 6) ** 2
 
     def forward(self, obs):
-        """uint8 [batch, 3 * frame_stack, image_size, image_size] -> [batch, out_dim]."""
         # a GPU convolves faster with the channels last; parameters keep their layout, so checkpoints fit any device
         layout = torch.channels_last if obs.is_cuda else torch.contiguous_format
         h = obs.to(torch.float32, memory_format=layout) / 255
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.convs:
             h = F.relu_(conv(h))
         return h.flatten(1)
 
@@ -214,10 +202,6 @@ class Actor(MLP):
         log_gaussian = -noise.square() / 2 - log_std - math.log(2 * math.pi) / 2
         log_slope = 2 * (math.log(2) - before - F.softplus(-2 * before))  # log of 1 - tanh(before)^2, stably
         return torch.tanh(before), (log_gaussian - log_slope).sum(1)
-
-    def greedy(self, features):
-        """The squashed mean: [batch, feature_dim] -> [batch, action_dim]."""
-        return torch.tanh(self(features).chunk(2, 1)[0])
 
 
 def dormant_scores(h):
@@ -265,11 +249,6 @@ class ReplayBuffer:
     def __len__(self):
         return self.added - self.dropped
 
-    def start(self, frame):
-        """Begins an episode with its first frame, uint8 [3, image_size, image_size]."""
-        self.episode_start = self.frame_count
-        self.add_frame(frame)
-
     def add(self, action, reward, next_frame, terminated):
         """Stores what followed the newest frame, in place of the oldest transition if the buffer is full."""
         position, newest = self.added % len(self.rows), self.frame_count - 1
@@ -279,8 +258,9 @@ class ReplayBuffer:
         self.dropped = max(self.dropped, self.added - len(self.rows))
         self.add_frame(next_frame)
 
-    def add_frame(self, frame):
-        """Stores a frame, and drops the transitions whose oldest frame it overwrites."""
+    def add_frame(self, frame, first=False):
+        """Stores a frame [3, image_size, image_size], `first` or not, and drops transitions that it overwrites."""
+        self.episode_start = self.frame_count if first else self.episode_start
         self.frames[self.frame_count % len(self.frames)] = torch.from_numpy(frame)
         self.frame_count += 1
         while len(self) and self.spans[self.dropped % len(self.rows), 0] < self.frame_count - len(self.frames):
@@ -319,8 +299,8 @@ def evaluate(encoder, actor_projection, actor, env, episodes, seed):
     for episode_seed in torch.randint(2**31 - 1, (episodes,), generator=generator).tolist():
         (obs, _), done = env.reset(seed=episode_seed), False
         while not done:
-            seen = encoder(torch.from_numpy(obs).to(actor.fc1.weight.device)[None])
-            action = actor.greedy(actor_projection(seen))[0].cpu().numpy()
+            features = actor_projection(encoder(torch.from_numpy(obs).to(actor.fc1.weight.device)[None]))
+            action = torch.tanh(actor(features)[0, : len(space.low)]).cpu().numpy()  # the mean
             obs, _, terminated, truncated, info = env.step(np.clip(action.astype(space.dtype), space.low, space.high))
             done = terminated or truncated
         returns.append(float(info["episode"]["r"]))
@@ -339,9 +319,7 @@ def main(args):
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=args.resume, evaluate=play, **own), (
-                "a run has its own arguments, leave others out"
-            )
+            assert args == Args(resume=args.resume, evaluate=play, **own), "a run goes on with its own arguments"
             args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -392,9 +370,8 @@ def main(args):
         (folder / "args.json").write_text(text)
         lock.acquire()
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(
-            env, f"{folder}/videos", name_prefix=f"{'play' if play else 'run'}-{global_step}"
-        )
+        name = f"{'play' if play else 'run'}-{global_step}"
+        env = gym.wrappers.RecordVideo(env, f"{folder}/videos", name_prefix=name)
     if play:
         returns = evaluate(encoder, actor_projection, actor, env, args.eval_episodes, args.seed)
         env.close()
@@ -425,10 +402,8 @@ def main(args):
         torch.save(new, folder / "checkpoint.tmp")
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole or not at all
 
-    def autocast():
-        """Products in bfloat16 with --bf16; no cache, which would hide the weights from the pass with gradient."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
-
+    # with --bf16; a cache would hide the weights from the pass with gradient
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     save_run()
     start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
@@ -436,7 +411,7 @@ def main(args):
     for global_step in range(start_step + 1, args.total_timesteps + 1):
         if done:
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
-            rb.start(obs[-3:])
+            rb.add_frame(obs[-3:], first=True)
 
         # Act: at random before learning starts, then as the policy draws
         with torch.no_grad():
@@ -461,18 +436,18 @@ def main(args):
             next_shifted = random_shift(batch.next_obs.repeat(args.target_augmentations, 1, 1, 1), args.shift)
 
             # Soft clipped double Q-learning (SAC); the target is the mean over K shifts
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), autocast:
                 next_actions, next_log_prob = actor.sample(actor_projection(encoder(next_shifted)))
                 next_inputs = critic_projection_target(encoder_target(next_shifted)), next_actions
                 qf_next = torch.min(*(qf(*next_inputs).squeeze(1).float() for qf in (qf1_target, qf2_target)))
                 soft_values = (qf_next - log_alpha.exp() * next_log_prob).view(args.target_augmentations, -1).mean(0)
                 next_values = batch.reward + args.gamma * (1 - batch.terminated) * soft_values
+                next_values = next_values.repeat(args.loss_augmentations)
 
             # The critics' loss trains the convolutions, the critics' projection and both heads
-            with autocast():
+            with autocast:
                 critic_inputs = critic_projection(encoder(shifted)), batch.actions.repeat(args.loss_augmentations, 1)
                 qf1_values, qf2_values = (qf(*critic_inputs).squeeze(1).float() for qf in (qf1, qf2))
-            next_values = next_values.repeat(args.loss_augmentations)
             qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
@@ -480,7 +455,7 @@ def main(args):
 
             # Delayed updates of the actor, the temperature and the targets
             if t % args.policy_frequency == 0:
-                with autocast():
+                with autocast:
                     with torch.no_grad():  # the actor sees through the critics' convolutions, and does not train them
                         seen = encoder(shifted[: args.batch_size])
                         features = critic_projection(seen)

@@ -1,51 +1,34 @@
 """Plasticity Injection (Nikishin, Oh, Ostrovski et al.; NeurIPS 2023; arXiv 2305.15555) on DrQ, in one file.
 
 At `injection_step` a head h becomes h + h1 - h2: h and h2 are frozen, h1 learns, and h1 = h2 at first, so that the
-output stays as it is. Convolutions and projections are shared by the three and go on learning.
+output stays as it is. Convolutions and projections go on learning.
 
     python baselines/injection_drq_pixels.py --env-id dm_control/walker-walk-v0
 
-The lines between `# --- Injection: ... ---` and `# --- end Injection ---`, and `+ frozen_sum(...)`, are the
-method's own; without them the file is drq_pixels.py.
+Without its fenced lines and `+ frozen_sum(...)` it is drq_pixels.py. (Section n): docs/algorithm.md.
 """
-
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "gymnasium[classic-control]==1.4.0",
-#     "mujoco==3.17.0",
-#     "dm_control==1.0.50; python_version < '3.13'",
-#     "shimmy==2.0.1; python_version < '3.13'",
-#     "imageio==2.38.1",
-#     "moviepy==2.2.1",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[classic-control]==1.4.0", "mujoco==3.17.0",
+#     "dm_control==1.0.50; python_version < '3.13'", "shimmy==2.0.1; python_version < '3.13'", "imageio==2.38.1",
+#     "moviepy==2.2.1", "tensorboard==2.21.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
-import difflib
-import gc
-import importlib.util
+import importlib
 import json
-import logging
 import math
 import os
-import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -53,289 +36,137 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # ===== The run =====
-    env_id: str = "dm_control/walker-walk-v0"
-    """task: dm_control/<domain>-<task>-v0"""
-    seed: int = 1
-    """seed of everything random in the run"""
-    total_timesteps: int = 250_000
-    """agent steps (decisions of the policy) of the whole run; each is action_repeat frames of the task"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; results are repeatable for the same number"""
-    bf16: bool = False
-    """multiply in bfloat16 (autocast) where losses are computed; parameters stay float32"""
-    buffer_on_gpu: bool = True
-    """with a GPU, keep the replay buffer's frames in its memory; --no-buffer-on-gpu: in main memory"""
-    eval_interval: int = 10_000
-    """agent steps between evaluations; 0: none"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, in training and with --evaluate"""
-    checkpoint_interval: int = 50_000
-    """agent steps between checkpoints, each written at the next episode end; 0: only on SIGINT and SIGTERM"""
-    capture_video: bool = False
-    """write videos of training episodes (or of --evaluate) into the run folder's videos/"""
-    track: bool = False
-    """send the logs to Weights & Biases too"""
-    wandb_project_name: str = "neuroplastic-expansion"
-    """project on Weights & Biases, with --track"""
-    wandb_entity: str | None = None
-    """user or team on Weights & Biases, with --track"""
-    resume: str | None = None
-    """go on with the run in this folder, with the arguments that it was started with; takes no other argument"""
-    evaluate: str | None = None
-    """play the agent saved in this run folder instead of training"""
-
+    env_id: str = "dm_control/walker-walk-v0"  # task of DM Control: dm_control/<domain>-<task>-v0
+    seed: int = 1  # seed of everything random in the run
+    total_timesteps: int = 250_000  # agent steps (decisions of the policy) of the whole run, of action_repeat frames
+    cuda: bool = True  # use the GPU if there is one
+    torch_threads: int = 1  # CPU threads of PyTorch; results are repeatable for the same number
+    bf16: bool = False  # multiply in bfloat16 (autocast) where losses are computed; parameters stay float32
+    buffer_on_gpu: bool = True  # with a GPU, keep the replay buffer's frames in its memory, not in main memory
+    eval_interval: int = 10_000  # agent steps between evaluations; 0: none
+    eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
+    checkpoint_interval: int = 50_000  # agent steps between checkpoints, at episode ends; 0: only at the end
+    capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
+    track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
+    resume: str | None = None  # go on with the run in this folder, with its own arguments
+    evaluate: str | None = None  # play the agent of the run in this folder instead of training
     # ===== DrQ =====
-    image_size: int = 84
-    """height and width of a frame, in pixels"""
-    frame_stack: int = 3
-    """frames of an observation, one after each of the last agent steps"""
-    action_repeat: int = 2
-    """frames of the task for which an action is repeated; rewards are summed"""
-    shift: int = 4
-    """largest random shift of an observation, in pixels, up, down, left and right; 0: none"""
-    target_augmentations: int = 2
-    """random shifts that a target is averaged over (K in the paper)"""
-    loss_augmentations: int = 2
-    """random shifts that the critics' loss is averaged over (M in the paper)"""
-    learning_rate: float = 1e-3
-    """Adam's learning rate, for everything that learns"""
-    buffer_size: int = 100_000
-    """transitions that the replay buffer holds"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.01
-    """share of the online network that enters its target at an update"""
-    batch_size: int = 512
-    """transitions of one gradient step"""
-    alpha: float = 0.1
-    """temperature, the weight of the entropy, at the start; it is learned"""
-    learning_starts: int = 1_000
-    """agent steps with random actions before learning starts"""
-    policy_frequency: int = 2
-    """critic updates per update of the actor, the temperature and the targets"""
-    feature_dim: int = 50
-    """features of an observation that the heads see"""
-    hidden_dim: int = 1024
-    """units of each of the two hidden layers of a head, actor and critics"""
-    neuron_interval: int = 1_000
-    """gradient steps between two looks at the neurons (sections 5 and 6)"""
-
+    image_size: int = 84  # height and width of a frame, in pixels
+    frame_stack: int = 3  # frames of an observation, one after each of the last agent steps
+    action_repeat: int = 2  # frames of the task for which an action is repeated; their rewards are summed
+    shift: int = 4  # largest random shift of an observation, in pixels, up, down, left and right; 0: none
+    target_augmentations: int = 2  # random shifts that a target is averaged over (K in the paper)
+    loss_augmentations: int = 2  # random shifts that the critics' loss is averaged over (M in the paper)
+    learning_rate: float = 1e-3  # Adam's learning rate, for everything that learns
+    buffer_size: int = 100_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # share of the online network that enters its target at an update
+    batch_size: int = 512  # transitions of one gradient step
+    replay_ratio: int = 1  # gradient steps after each agent step
+    alpha: float = 0.1  # temperature, the weight of the entropy, at the start; it is learned
+    learning_starts: int = 1_000  # agent steps with random actions before learning starts
+    policy_frequency: int = 2  # critic updates per update of the actor, the temperature and the targets
+    feature_dim: int = 50  # features of an observation that the heads see
+    hidden_dim: int = 1024  # units of each of the two hidden layers of a head, actor and critics
+    neuron_interval: int = 1_000  # gradient steps between two looks at the neurons (section 6)
     # --- Injection: arguments ---
-    # ===== Injection =====
-    inject: Literal["actor", "critic", "both", "none"] = "both"
-    """heads that are injected"""
-    injection_step: tuple[int, ...] = ()
-    """agent steps after which it happens, one or more; none given: half-way"""
+    inject: Literal["actor", "critic", "both", "none"] = "both"  # networks that are injected
+    injection_step: tuple[int, ...] = ()  # agent steps after which it happens, one or more; none given: half-way
     # --- end Injection ---
 
-
-# ===== Messages, arguments, process =====
+    def __post_init__(self):
+        limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
+        limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
+        limits |= {"image_size": (15, 480), "shift": (0, 1e18), "alpha": (1e-9, 1e18)}  # MuJoCo's picture: 480 rows
+        # --- Injection: arguments ---
+        if not all(1 <= step <= self.total_timesteps for step in self.injection_step):
+            raise ValueError(f"--injection-step: each must lie in 1 ... {self.total_timesteps}, the run's steps")
+        # --- end Injection ---
+        for name, value in vars(self).items():
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
 
 def fail(message, code=2):
     """Ends the process with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
-def fail_to_render(what, error):
-    """Ends the process where OpenGL is missing."""
-    sys.unraisablehook = lambda _: None  # a half-made viewer complains when it is deleted
-    advice = "if OpenGL is missing: apt-get install libegl1 libgl1; MUJOCO_GL chooses another way to render"
-    fail(f"cannot make pictures{what} ({one_line(error)}); {advice}")
+class Pixels(gym.Wrapper):
+    """A task as DrQ plays it: the last frames, uint8 [3 * frame_stack, size, size], are seen, actions are repeated."""
+
+    def __init__(self, env, size, frame_stack, action_repeat):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)  # the oldest first
+        self.frame_stack, self.action_repeat = frame_stack, action_repeat
+
+    def reset(self, **options):
+        _, info = self.env.reset(**options)
+        self.frames = np.tile(self.env.render().transpose(2, 0, 1), (self.frame_stack, 1, 1))
+        return self.frames, info
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.action_repeat):
+            _, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        self.frames = np.concatenate([self.frames[3:], self.env.render().transpose(2, 0, 1)])
+        return self.frames, total, terminated, truncated, info
 
 
-def command_line(args):
-    """The command that starts a run with these arguments -> str."""
-    words = ["python", os.path.relpath(__file__)]
-    for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        # --- Injection: an argument of several words ---
-        elif field.name == "injection_step":
-            words += [flag, *map(str, value)]
-        # --- end Injection ---
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def short_run(args):
-    """`args` with what does not fit a short run made to fit, as a command -> str."""
-    fitting = dataclasses.replace(args, learning_starts=min(args.learning_starts, args.total_timesteps // 10))
-    return command_line(fitting)
-
-
-def check_args(args):
-    """Ends the process with a line that says what to do if an argument makes no sense."""
-    positive = "total_timesteps buffer_size batch_size policy_frequency hidden_dim neuron_interval eval_episodes"
-    positive += " frame_stack action_repeat target_augmentations loss_augmentations feature_dim torch_threads"
-    rules = {name: (getattr(args, name) >= 1, "must be at least 1") for name in positive.split()}
-    for name in ("eval_interval", "checkpoint_interval", "learning_starts", "shift"):
-        rules[name] = getattr(args, name) >= 0, "must not be negative"
-    rules["seed"] = 0 <= args.seed < 2**31, "must lie in 0 ... 2147483647"
-    for name in ("learning_rate", "alpha"):
-        rules[name] = 0 < getattr(args, name) < math.inf, "must be finite and above 0"
-    # four convolutions need 15 pixels, and MuJoCo's picture has 480 rows
-    rules["image_size"] = 15 <= args.image_size <= 480, "must lie in 15 ... 480"
-    rules["gamma"] = 0 <= args.gamma <= 1, "must lie in [0, 1]"
-    rules["tau"] = 0 < args.tau <= 1, "must lie in (0, 1]"
-    # --- Injection: arguments ---
-    early = all(1 <= step <= args.total_timesteps for step in args.injection_step)
-    rules["injection_step"] = early, f"must lie in 1 ... {args.total_timesteps}, the run's steps"
-    # --- end Injection ---
-    check(args, rules)
-    fits = args.batch_size <= args.buffer_size
-    rules = {"batch_size": (fits, f"more than --buffer-size {args.buffer_size} can hold; lower it or raise that")}
-    learns = args.learning_starts < args.total_timesteps
-    advice = "" if learns else f"not below --total-timesteps {args.total_timesteps}; this works: {short_run(args)}"
-    rules["learning_starts"] = learns, advice
-    check(args, rules)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track: the package wandb is missing; install it: pip install wandb")
-
-
-def check(args, rules):
-    """Ends the process at the first broken rule; rules: {argument: (whether it holds, what to do)}."""
-    for name, (holds, advice) in rules.items():
-        if not holds:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {advice}")
-
-
-def check_only(args, argument, allowed):
-    """Ends the process if arguments other than the allowed ones are set beside --resume or --evaluate."""
-    for field in dataclasses.fields(args):
-        if field.name not in (argument, *allowed) and getattr(args, field.name) != field.default:
-            fail(f"--{argument} cannot be combined with --{field.name.replace('_', '-')}; leave that out")
-
-
-def set_process(args):
-    """Process settings: threads, arithmetic, memory, rendering, what libraries print."""
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        # glibc gives the 256 kB of an activation back to the system at each free; keep them, page faults are dear
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
-    warnings.filterwarnings("ignore", module="gymnasium|glfw|shimmy|dm_control|moviepy|imageio|pygame")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        mujoco = importlib.import_module("mujoco")  # as MUJOCO_GL says, so it may fail
-    except Exception as error:
-        fail_to_render("", error)
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-
-
-# ===== The task =====
-
-
-def make_env(env_id, image_size):
-    """Makes a DM Control task that can be rendered; ends the process if that is not possible."""
+def make_env(args):
+    """A DM Control task that is seen in pictures, its actions scaled to -1 ... 1; ends the process otherwise."""
     # the cameras that most work on the suite uses: the first one, of quadruped the one that moves along
-    camera = {"height": image_size, "width": image_size, "camera_id": 2 if "/quadruped-" in env_id else 0}
+    camera = {"height": args.image_size, "width": args.image_size, "camera_id": 2 * ("/quadruped-" in args.env_id)}
     try:
-        importlib.import_module("shimmy")  # registers the tasks
-        if not env_id.startswith("dm_control/"):
-            raise gym.error.UnregisteredEnv
-        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array", render_kwargs=camera)
-    except ImportError as error:
-        fail(f"--env-id {env_id}: a package is missing ({one_line(error)}); install it or choose another task")
+        assert args.env_id.startswith("dm_control/"), "not a task of DM Control"
+        env = gym.make(f"shimmy:{args.env_id}", disable_env_checker=True, render_mode="rgb_array", render_kwargs=camera)
+        # MuJoCo's largest number, 1e10, stands for no bound
+        assert np.abs([env.action_space.low, env.action_space.high]).max() < 1e10, "its actions are not bounded"
+        env = Pixels(gym.wrappers.RescaleAction(env, -1.0, 1.0), args.image_size, args.frame_stack, args.action_repeat)
+        env.reset(seed=0)  # shows whether there is OpenGL to render with
     except Exception as error:
-        tasks = {name for name in gym.registry if name.startswith("dm_control/")} - {env_id}
-        known = difflib.get_close_matches("dm_control/" + env_id.removeprefix("dm_control/"), tasks, n=2, cutoff=0.7)
-        hint = f"did you mean {', '.join(known)}?" if known else "dm_control/walker-walk-v0 is one"
-        problem = (
-            "no such task of DM Control"
-            if isinstance(error, gym.error.UnregisteredEnv)
-            else f"cannot be made: {one_line(error)}"
-        )
-        fail(f"--env-id {env_id}: {problem}; {hint}")
-
-    space = env.action_space
-    # MuJoCo's largest number, 1e10, is the bound where there is none
-    if not isinstance(space, gym.spaces.Box) or not np.abs([space.low, space.high]).max() < 1e10:
-        fail(f"--env-id {env_id}: actions must be bounded, not {space}; choose another task")
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception as error:
-        fail_to_render(f" of {env_id}", error)
-    return env
-
-
-def picture(env):
-    """What the task looks like now -> uint8 array [3, image_size, image_size]."""
-    return np.ascontiguousarray(env.render().transpose(2, 0, 1))
-
-
-def repeat_action(env, action, times):
-    """Takes an action `times` times, or until the episode ends -> (sum of rewards, terminated, truncated).
-
-    An episode that DM Control ends with discount 0 is terminated, one that reached its time limit is truncated.
-    """
-    total = 0.0
-    for _ in range(times):
-        _, reward, terminated, truncated, _ = env.step(action)
-        total += float(reward)
-        if terminated or truncated:
-            break
-    return total, terminated, truncated
-
-
-def one_line(error):
-    """An exception's message without line breaks -> str."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ===== The eyes: random shift, convolutions, projections =====
+        fail(f"--env-id {args.env_id}: {error} (tasks are named as dm_control/walker-walk-v0; pictures need OpenGL)")
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def random_shift(images, shift):
-    """Pads each image with its own edges and crops it at a place of its own (DrQ, section 3.1).
-
-    images: uint8 [n, channels, height, width] -> the same shape. Pixel y of a crop is pixel y + dy of the image with
-    dy in -shift ... shift, or the edge where that is outside; so one indexing does what padding and cropping would.
-    """
-    n, channels, height, width = images.shape
-    dy, dx = torch.randint(-shift, shift + 1, (2, n, 1), device=images.device)
-    rows = (torch.arange(height, device=images.device) + dy).clamp(0, height - 1)  # [n, height]
-    columns = (torch.arange(width, device=images.device) + dx).clamp(0, width - 1)  # [n, width]
-    image = torch.arange(n, device=images.device).view(n, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, channels, 1, 1)
-    return images[image, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
+    """Pads each image with its edges, crops it at a place of its own (DrQ, section 3.1): [n, c, h, w] -> the same."""
+    n, _, height, width = images.shape
+    left, right = (images[..., x, None].expand(-1, -1, -1, shift) for x in (0, -1))
+    wide = torch.cat([left, images, right], 3)
+    top, bottom = (wide[:, :, y, None].expand(-1, -1, shift, -1) for y in (0, -1))
+    crops = torch.cat([top, wide, bottom], 2).unfold(2, height, 1).unfold(3, width, 1)  # all of them, a view
+    y, x = torch.randint(2 * shift + 1, (2, n), device=images.device)
+    return crops[torch.arange(n, device=images.device), :, y, x]
 
 
 class Encoder(nn.Module):
-    """Four 3x3 convolutions, the first one with stride 2, over a stack of frames."""
+    """Four 3x3 convolutions over frames, uint8 [batch, 3 * frame_stack, image_size, image_size] -> [batch, out_dim]."""
 
     def __init__(self, frame_stack, image_size, channels=32):
         super().__init__()
-        self.conv1 = nn.Conv2d(3 * frame_stack, channels, 3, stride=2)
-        self.conv2 = nn.Conv2d(channels, channels, 3)
-        self.conv3 = nn.Conv2d(channels, channels, 3)
-        self.conv4 = nn.Conv2d(channels, channels, 3)
+        first = nn.Conv2d(3 * frame_stack, channels, 3, stride=2)
+        self.convs = nn.ModuleList([first, *(nn.Conv2d(channels, channels, 3) for _ in range(3))])
         self.out_dim = channels * ((image_size - 1) // 2 - 6) ** 2
 
     def forward(self, obs):
-        """uint8 [batch, 3 * frame_stack, image_size, image_size] -> [batch, out_dim]."""
         # a GPU convolves faster with the channels last; parameters keep their layout, so checkpoints fit any device
         layout = torch.channels_last if obs.is_cuda else torch.contiguous_format
         h = obs.to(torch.float32, memory_format=layout) / 255
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.convs:
             h = F.relu_(conv(h))
         return h.flatten(1)
 
@@ -345,93 +176,84 @@ def make_projection(encoder, feature_dim):
     return nn.Sequential(nn.Linear(encoder.out_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
 
 
-# ===== The heads (section 1) =====
-
-
 # --- Injection: frozen parts and their sum (Nikishin et al. 2023, section 4) ---
 def trained_layers(network):
     """The layers that learn (of h, later of h1), first to last -> list."""
     return [network.fc1, network.fc2, network.fc3]
 
 
-def freeze_(network, layers):
-    """Adds a frozen copy of the layers to the network; it has no parameter that learns."""
-    fc1, fc2, fc3 = copy.deepcopy(layers)
-    network.frozen.append(nn.Sequential(fc1, nn.ReLU(), fc2, nn.ReLU(), fc3).requires_grad_(False))
+def freeze_(network):
+    """Adds a copy of the layers as they are now to `network.frozen`, its weights as buffers, which nothing trains."""
+    fc1, fc2, fc3 = copy.deepcopy(trained_layers(network))
+    for layer in (fc1, fc2, fc3):
+        for name, value in list(layer.named_parameters()):
+            delattr(layer, name)
+            layer.register_buffer(name, value.detach())
+    network.frozen.append(nn.Sequential(fc1, nn.ReLU(), fc2, nn.ReLU(), fc3))
 
 
 def frozen_sum(network, *inputs):
-    """h(x) - h2(x) of every injection so far, x the inputs side by side -> [batch, out], or 0 before the first."""
+    """h(x) - h2(x) of every injection so far, x the inputs side by side -> [batch, n_out], or 0 before the first."""
     if not network.frozen:
         return 0
     x = torch.cat(inputs, 1)
     return sum((-1) ** number * part(x) for number, part in enumerate(network.frozen))
 
 
-@torch.no_grad()
-def inject_(network, target, optimizer):
-    """Makes h into h + h1 - h2, with h1 = h2 drawn anew; the target gets the same h1 and h2, and keeps its own h."""
-    for net in (network, target):
-        freeze_(net, trained_layers(net))
-    for layer, target_layer in zip(trained_layers(network), trained_layers(target), strict=True):
-        layer.reset_parameters()
-        target_layer.load_state_dict(layer.state_dict())
+def inject_(network, optimizer, target=None):
+    """Makes h into h + h1 - h2, h1 = h2 drawn anew, and h1 new to the optimizer; the outputs stay as they are.
+
+    A target gets the same h1 and h2, and keeps its own h.
+    """
+    nets = [network] if target is None else [network, target]
+    for net in nets:
+        freeze_(net)  # h
+    for layer in trained_layers(network):
+        layer.reset_parameters()  # h1
         for parameter in layer.parameters():
-            for value in optimizer.state.get(parameter, {}).values():
-                value.zero_()  # h1 is new to the optimizer
-    for net in (network, target):
-        freeze_(net, trained_layers(network))
+            optimizer.state.pop(parameter, None)
+    for net in nets:
+        for layer, drawn in zip(trained_layers(net), trained_layers(network), strict=True):
+            layer.load_state_dict(drawn.state_dict())
+        freeze_(net)  # h2
 
 
-def make_room_(network, state):
-    """Adds as many frozen parts to a new network as a saved one has."""
-    while f"frozen.{len(network.frozen)}.0.weight" in state:
-        freeze_(network, trained_layers(network))
+def make_room_(network, state, prefix, *_):
+    """Before a network loads a state dict, adds the frozen parts that the saved one had."""
+    while f"{prefix}frozen.{len(network.frozen)}.0.weight" in state:
+        freeze_(network)
 
 
 # --- end Injection ---
-class QNetwork(nn.Module):
-    """Q(s, a): a ReLU network with two hidden layers, over features of s."""
+class MLP(nn.Module):
+    """A ReLU network with two hidden layers (section 1), its inputs side by side: [batch, n], ... -> [batch, n_out]."""
 
-    def __init__(self, feature_dim, action_dim, hidden_dim):
+    def __init__(self, n_in, hidden_dim, n_out):
         super().__init__()
-        self.fc1 = nn.Linear(feature_dim + action_dim, hidden_dim)
+        self.fc1 = nn.Linear(n_in, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, 1)
+        self.fc3 = nn.Linear(hidden_dim, n_out)
         # --- Injection: h and -h2, once or more, as they were frozen ---
         self.frozen = nn.ModuleList()
+        self.register_load_state_dict_pre_hook(make_room_)
         # --- end Injection ---
 
-    def hidden(self, features, actions):
-        """[batch, feature_dim], [batch, action_dim] -> the hidden layers' activations, each [batch, hidden_dim]."""
-        h1 = F.relu_(self.fc1(torch.cat([features, actions], 1)))
-        return [h1, F.relu_(self.fc2(h1))]
+    def hidden(self, *inputs):
+        h1 = F.relu_(self.fc1(torch.cat(inputs, 1)))
+        return [h1, F.relu_(self.fc2(h1))]  # each [batch, hidden_dim]
 
-    def forward(self, features, actions):
-        """[batch, feature_dim], [batch, action_dim] -> [batch]."""
-        return (self.fc3(self.hidden(features, actions)[-1]) + frozen_sum(self, features, actions)).squeeze(1).float()
+    def forward(self, *inputs):
+        return self.fc3(self.hidden(*inputs)[-1]) + frozen_sum(self, *inputs)
 
 
-class Actor(nn.Module):
-    """pi(a | s): a ReLU network with two hidden layers, over features of s, to a Gaussian that tanh squashes."""
+class Actor(MLP):
+    """pi(a | s): [batch, feature_dim] -> mean and log std, side by side, of a Gaussian that tanh squashes."""
 
     def __init__(self, feature_dim, action_dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(feature_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, 2 * action_dim)
-        # --- Injection: h and -h2, once or more, as they were frozen ---
-        self.frozen = nn.ModuleList()
-        # --- end Injection ---
-
-    def hidden(self, features):
-        """[batch, feature_dim] -> the hidden layers' activations, each [batch, hidden_dim]."""
-        h1 = F.relu_(self.fc1(features))
-        return [h1, F.relu_(self.fc2(h1))]
+        super().__init__(feature_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, features):
-        """[batch, feature_dim] -> mean and log std of the Gaussian, side by side: [batch, 2 * action_dim]."""
-        mean, log_std = (self.fc3(self.hidden(features)[-1]) + frozen_sum(self, features)).float().chunk(2, 1)
+        mean, log_std = super().forward(features).float().chunk(2, 1)  # each [batch, action_dim]
         return torch.cat([mean, -10 + 6 * (torch.tanh(log_std) + 1)], 1)  # log std in [-10, 2]
 
     def sample(self, features):
@@ -443,10 +265,6 @@ class Actor(nn.Module):
         log_slope = 2 * (math.log(2) - before - F.softplus(-2 * before))  # log of 1 - tanh(before)^2, stably
         return torch.tanh(before), (log_gaussian - log_slope).sum(1)
 
-    def greedy(self, features):
-        """The squashed mean: [batch, feature_dim] -> [batch, action_dim]."""
-        return torch.tanh(self(features).chunk(2, 1)[0])
-
 
 def dormant_scores(h):
     """Each neuron's mean |activation| over its layer's (Sokar et al. 2023): [batch, n] -> [n]; zeros if h is all 0."""
@@ -454,87 +272,66 @@ def dormant_scores(h):
     return mean_activation / mean_activation.mean().clamp(min=torch.finfo(h.dtype).tiny)
 
 
-# ===== Looking at the neurons (section 6) =====
+@torch.no_grad()
+def neuron_statistics(hidden):
+    """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
+    scores = torch.cat([dormant_scores(h) for h in hidden])
+    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
+    dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
+    return dormant | {"fau": float(firing.mean())}
 
 
 @torch.no_grad()
 def inputs(batch, encoder, critic_projection, actor_projection):
     """What each head sees of a batch, which is not augmented -> {head's name: tuple of tensors}."""
     seen = [encoder(chunk) for chunk in batch.obs.split(256)]  # in chunks, for activations of 2048 images take GBs
-    features = torch.cat([critic_projection(chunk) for chunk in seen])
-    critics = features, batch.actions
+    critics = torch.cat([critic_projection(chunk) for chunk in seen]), batch.actions
     return {"actor": (torch.cat([actor_projection(chunk) for chunk in seen]),), "qf1": critics, "qf2": critics}
 
 
-@torch.no_grad()
-def neuron_statistics(hidden):
-    """Shares of all hidden neurons: list of [batch, n_l] -> the values logged under neurons/<net>/."""
-    scores = torch.cat([dormant_scores(h) for h in hidden])
-    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
-    return {
-        "dormant_ratio_0": float((scores <= 0).float().mean()),
-        "dormant_ratio_0.1": float((scores <= 0.1).float().mean()),
-        "fau": float(firing.mean()),
-    }
-
-
-# ===== Replay buffer =====
-
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # uint8 [batch, 3 * frame_stack, image_size, image_size], the oldest frame first
-    actions: torch.Tensor  # [batch, action_dim], in [-1, 1]
-    reward: torch.Tensor  # [batch]
-    next_obs: torch.Tensor  # as obs
-    terminated: torch.Tensor  # [batch], 1 where the task ended there, 0 also where it was only cut off
+Batch = namedtuple("Batch", "obs actions reward next_obs terminated")  # obs, next_obs: uint8 stacks, oldest frame first
 
 
 class ReplayBuffer:
     """The last `capacity` transitions. Each frame is stored once, stacks are built when they are drawn.
 
-    Frames are numbered from 0 as they come; number n lies at n modulo the length of `frames`. An episode has a frame
-    more than transitions, so there is room for an eighth more frames than transitions; of shorter episodes than eight
-    steps the buffer holds fewer than `capacity` transitions. `frames` is on frames_device, batches go to `device`.
+    Frames are numbered from 0 as they come; number n lies at n modulo the length of `frames`, which is on frames_device
+    and has room for an eighth more frames than transitions, for an episode has one more: of episodes shorter than eight
+    steps the buffer holds fewer than `capacity` transitions. Batches go to `device`.
     """
 
     def __init__(self, capacity, image_size, frame_stack, action_dim, device, frames_device=None):
-        self.capacity, self.frame_stack, self.device = capacity, frame_stack, device
-        slots = frame_slots(capacity, frame_stack)
+        self.frame_stack, self.device = frame_stack, device
+        slots = capacity + capacity // 8 + frame_stack + 1
         self.frames = torch.empty(slots, 3, image_size, image_size, dtype=torch.uint8, device=frames_device or device)
-        self.rows = torch.zeros(capacity, action_dim + 2)  # action, reward, terminated
-        self.spans = torch.zeros(capacity, 2, dtype=torch.int64)  # numbers of the stack's oldest and newest frame
-        self.size = self.position = self.frame_count = self.episode_start = 0
+        self.rows = torch.empty(capacity, action_dim + 2)  # action, reward, terminated
+        self.spans = torch.empty(capacity, 2, dtype=torch.int64)  # numbers of the stack's oldest and newest frame
+        self.added = self.dropped = self.frame_count = self.episode_start = 0  # dropped: transitions no longer held
 
     def __len__(self):
-        return self.size
-
-    def start(self, frame):
-        """Begins an episode with its first frame, uint8 [3, image_size, image_size]."""
-        self.episode_start = self.frame_count
-        self.add_frame(frame)
+        return self.added - self.dropped
 
     def add(self, action, reward, next_frame, terminated):
         """Stores what followed the newest frame, in place of the oldest transition if the buffer is full."""
-        newest = self.frame_count - 1
-        self.rows[self.position] = torch.cat([action, torch.tensor([float(reward), float(terminated)])])
-        self.spans[self.position, 0] = max(self.episode_start, newest - self.frame_stack + 1)
-        self.spans[self.position, 1] = newest
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        position, newest = self.added % len(self.rows), self.frame_count - 1
+        self.rows.numpy()[position] = np.hstack([action, reward, terminated])
+        self.spans.numpy()[position] = max(self.episode_start, newest - self.frame_stack + 1), newest
+        self.added += 1
+        self.dropped = max(self.dropped, self.added - len(self.rows))
         self.add_frame(next_frame)
 
-    def add_frame(self, frame):
-        """Stores a frame, and drops the transitions whose oldest frame it overwrites."""
+    def add_frame(self, frame, first=False):
+        """Stores a frame [3, image_size, image_size], `first` or not, and drops transitions that it overwrites."""
+        self.episode_start = self.frame_count if first else self.episode_start
         self.frames[self.frame_count % len(self.frames)] = torch.from_numpy(frame)
         self.frame_count += 1
-        while self.size and self.spans[self.position - self.size, 0] < self.frame_count - len(self.frames):
-            self.size -= 1
+        while len(self) and self.spans[self.dropped % len(self.rows), 0] < self.frame_count - len(self.frames):
+            self.dropped += 1
 
     def sample(self, batch_size, generator=None):
-        """Draws transitions uniformly, with replacement, from all or from a share of them, the oldest -> Batch."""
-        among = self.size
-        age = torch.randint(among, (batch_size,), generator=generator)
-        index = (self.position - self.size + age) % self.capacity
+        """Draws uniformly, with replacement -> Batch of tensors [batch, ...]."""
+        age = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
+        index = (self.dropped + age) % len(self.rows)
         # obs and next_obs overlap: the newest frame of obs, the one after it and those before it make both; in place of
         # what would lie before the episode stands its first frame
         first, newest = self.spans[index].split(1, 1)
@@ -544,377 +341,156 @@ class ReplayBuffer:
         rows = self.rows[index].to(self.device)
         return Batch(frames[:, :-3], rows[:, :-2], rows[:, -2], frames[:, 3:], rows[:, -1])
 
-    def parts(self):
-        """All that the buffer holds, in pieces -> list of tensors."""
-        return [self.rows, self.spans, *self.frames[: self.frame_count].split(1000)]
+    def state_dict(self):
+        """What the buffer holds, without a copy of what is in main memory."""
+        held = {"frames": self.frame_count, "rows": self.added, "spans": self.added}
+        # through numpy: of a tensor's slice the whole tensor would be saved
+        state = {name: torch.from_numpy(getattr(self, name)[:n].cpu().numpy()) for name, n in held.items()}
+        return state | {"counts": [self.added, self.dropped, self.frame_count]}
 
-    def save(self, path):
-        """Writes rows and frames to a file, piece by piece."""
-        with open(path, "wb") as file:
-            for part in self.parts():
-                part.cpu().numpy().tofile(file)
-            os.fsync(file.fileno())
-
-    def load(self, path, size, position, frame_count):
-        """Reads back what `save` wrote; OSError if the file is missing, cut short or too long."""
-        self.size, self.position, self.frame_count = size, position, frame_count
-        with open(path, "rb") as file:
-            for part in self.parts():
-                content = torch.empty(part.shape, dtype=part.dtype)
-                view = memoryview(content.numpy()).cast("B")
-                if file.readinto(view) != len(view):
-                    raise OSError(f"{path} is damaged")
-                part.copy_(content)
-            if file.read(1):
-                raise OSError(f"{path} is damaged")
-
-
-def frame_slots(capacity, frame_stack):
-    """Frames that a buffer of `capacity` transitions has room for -> int."""
-    return capacity + capacity // 8 + frame_stack + 1
-
-
-def check_memory(args, action_dim, device):
-    """Ends the process if the full buffer would not fit; without a look, that would show hours later."""
-    frames = frame_slots(args.buffer_size, args.frame_stack) * 3 * args.image_size**2
-    rows = args.buffer_size * (4 * (action_dim + 2) + 16)
-    free = free_memory(device)
-    if frames + rows > free:
-        needed = f"needs {(frames + rows) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        place = " on the GPU" if device.type == "cuda" else ""
-        remedy = " or --no-buffer-on-gpu" if device.type == "cuda" else " or a smaller --image-size"
-        fail(f"--buffer-size {args.buffer_size}: {needed}{place}; choose a smaller one{remedy}")
-
-
-def free_memory(device):
-    """Bytes that are free on a device -> int."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: at least it must not be more than there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ===== Acting and evaluation =====
-
-
-def to_task(action, space):
-    """An action as the task takes it: tensor [action_dim] in [-1, 1] -> array within the task's bounds."""
-    scale, middle = (space.high - space.low) / 2, (space.high + space.low) / 2
-    return np.clip(middle + scale * action.numpy().astype(space.dtype), space.low, space.high)
+    def load_state_dict(self, state):
+        for name in ("frames", "rows", "spans"):
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.added, self.dropped, self.frame_count = state["counts"]
 
 
 @torch.no_grad()
-def evaluate(encoder, actor_projection, actor, env, args, episodes):
+def evaluate(encoder, actor_projection, actor, env, episodes, seed):
     """Returns of episodes without noise -> list of floats. The seed alone decides where the episodes start."""
-    device, returns = actor.fc1.weight.device, []
-    seeds = torch.randint(2**31 - 1, (episodes,), generator=torch.Generator().manual_seed(args.seed + 1000)).tolist()
-    for episode_seed in seeds:
-        env.reset(seed=episode_seed)
-        frames, episodic_return, done = [picture(env)] * args.frame_stack, 0.0, False
+    generator, space, returns = torch.Generator().manual_seed(seed + 1000), env.action_space, []
+    for episode_seed in torch.randint(2**31 - 1, (episodes,), generator=generator).tolist():
+        (obs, _), done = env.reset(seed=episode_seed), False
         while not done:
-            obs = torch.from_numpy(np.concatenate(frames)).to(device)[None]
-            action = actor.greedy(actor_projection(encoder(obs)))[0].cpu()
-            reward, terminated, truncated = repeat_action(env, to_task(action, env.action_space), args.action_repeat)
-            frames = [*frames[1:], picture(env)]
-            episodic_return, done = episodic_return + reward, terminated or truncated
-        returns.append(episodic_return)
+            features = actor_projection(encoder(torch.from_numpy(obs).to(actor.fc1.weight.device)[None]))
+            action = torch.tanh(actor(features)[0, : len(space.low)]).cpu().numpy()  # the mean
+            obs, _, terminated, truncated, info = env.step(np.clip(action.astype(space.dtype), space.low, space.high))
+            done = terminated or truncated
+        returns.append(float(info["episode"]["r"]))
     return returns
 
 
-def evaluate_run(args):
-    """Plays the agent of the run folder args.evaluate and prints its returns -> the folder."""
-    check_only(args, "evaluate", ("eval_episodes", "capture_video", "cuda", "torch_threads"))
-    folder = Path(args.evaluate)
-    run_args = load_args(folder, "evaluate")
-    path = folder / "model.pt" if (folder / "model.pt").exists() else folder / "checkpoint.pt"
-    if not path.exists():
-        fail(f"--evaluate {folder}: no model.pt and no checkpoint.pt there yet")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    env = make_env(run_args.env_id, run_args.image_size)
-    if args.capture_video:
-        name = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda episode: True, name_prefix=name)
-    encoder = Encoder(run_args.frame_stack, run_args.image_size).to(device)
-    actor_projection = make_projection(encoder, run_args.feature_dim).to(device)
-    actor = Actor(run_args.feature_dim, env.action_space.shape[0], run_args.hidden_dim).to(device)
-    try:
-        saved = load(path, "evaluate")
-        # --- Injection: the frozen parts that the actor had ---
-        make_room_(actor, saved["actor"])
-        # --- end Injection ---
-        for name, part in (("encoder", encoder), ("actor_projection", actor_projection), ("actor", actor)):
-            part.load_state_dict(saved[name])
-    except (KeyError, TypeError, RuntimeError):
-        fail(f"--evaluate {path}: not an agent of this script and task")
-    returns = evaluate(encoder, actor_projection, actor, env, run_args, args.eval_episodes)
-    env.close()
-    print(f"{run_args.env_id}: mean return {np.mean(returns):.2f}, std {np.std(returns):.2f}, {len(returns)} episodes")
-    return folder
-
-
-# ===== Checkpoints =====
-
-
-def new_run_folder(args):
-    """Makes the folder of a new run, with args.json in it -> its path."""
-    name = args.env_id.replace("/", "-").replace(":", "-")
-    stem = folder = Path("runs") / f"{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    copies = 0
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run started in the same second
-            copies += 1
-            folder = stem.with_name(f"{stem.name}-{copies}")
-    (folder / "args.tmp").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    os.replace(folder / "args.tmp", folder / "args.json")
-    return folder
-
-
-def load_args(folder, argument):
-    """The arguments that a run was started with -> Args."""
-    if not folder.is_dir():
-        fail(f"--{argument} {folder}: no such run folder")
-    try:
-        values = json.loads((folder / "args.json").read_text())
-        named = folder.resolve().name.split("__")  # task, script, seed, time, unless the user renamed it
-        foreign = len(named) == 4 and named[1] != Path(__file__).stem
-        if foreign or set(values) != {field.name for field in dataclasses.fields(Args)}:
-            fail(f"--{argument} {folder}: a run of another script, not of {Path(__file__).name}; use that one")
-    except (OSError, ValueError, TypeError):
-        fail(f"--{argument} {folder}: no readable args.json there; this is not a run folder")
-    return Args(**values)
-
-
-def save(contents, path):
-    """Writes a file whole or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load(path, argument):
-    """Reads what `save` wrote, without executing anything in it."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        fail(f"--{argument} {path}: damaged, or not written by this script")
-
-
-def save_checkpoint(folder, state, rb):
-    """Writes the replay buffer to a file of its own, then the checkpoint that names it, then drops the file before."""
-    rb.save(folder / state["buffer"])
-    save(state, folder / "checkpoint.pt")
-    remove_buffers(folder, keep=state["buffer"])
-
-
-def remove_buffers(folder, keep=None):
-    """Deletes a run's saved buffers, except the one that its checkpoint names."""
-    for path in folder.glob("buffer-*.bin"):
-        if path.name != keep:
-            path.unlink()
-
-
-def cut_events(folder, sizes):
-    """Cuts what was logged after a checkpoint; sizes: bytes of each event file at the checkpoint."""
-    for path in folder.glob("events.out.tfevents.*"):
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink()
-
-
-@torch.no_grad()
-def adam_step_(optimizer):
-    """What `optimizer.step()` of a fused Adam does, without its bookkeeping, which takes longer than the update."""
-    group = optimizer.param_groups[0]
-    if len(optimizer.state) < len(group["params"]):  # its first step, which makes its state
-        return optimizer.step()
-    state = [optimizer.state[parameter] for parameter in group["params"]]
-    moments = [[s[name] for s in state] for name in ("exp_avg", "exp_avg_sq")]
-    steps, betas = [s["step"] for s in state], dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-    torch._foreach_add_(steps, 1)
-    options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-    torch._fused_adam_(group["params"], [p.grad for p in group["params"]], *moments, [], steps, **betas, **options)
-
-
-# ===== Training =====
+stop = []  # signals that have come: the first one ends the run with its episode
 
 
 def main(args):
-    """Trains, or plays with --evaluate -> the run's folder."""
-    if args.evaluate is not None:
-        set_process(args)
-        return evaluate_run(args)
-    folder = checkpoint = None
-    if args.resume is not None:
-        check_only(args, "resume", ())
-        folder, args = Path(args.resume), load_args(Path(args.resume), "resume")
-        if (folder / "model.pt").exists():
-            remove_buffers(folder)
-            fail(f"--resume {folder}: this run is finished; play its agent with --evaluate {folder}")
-        if (folder / "checkpoint.pt").exists():
-            checkpoint = load(folder / "checkpoint.pt", "resume")
-            if not isinstance(checkpoint, dict) or checkpoint.get("script") != Path(__file__).stem:
-                fail(f"--resume {folder}: its checkpoint.pt is not of {Path(__file__).name}")
-    check_args(args)
-    set_process(args)
-
-    # a first SIGINT or SIGTERM lets the episode end and writes a checkpoint, a second one leaves at once
-    stop, handlers = [], {}
-
-    def on_signal(number, frame):
-        stop.append(number)
-        for name in handlers:
-            signal.signal(name, signal.SIG_DFL)
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
-
-    if threading.current_thread() is threading.main_thread():
-        handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train(args, folder, checkpoint, stop)
-    finally:
-        gc.unfreeze()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-
-def train(args, folder, checkpoint, stop):
-    """A run from its start, or from a checkpoint; ends after an episode if `stop` is not empty -> the run's folder."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    generators = {"run": torch.default_generator, "log": torch.Generator().manual_seed(args.seed + 1)}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    if args.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        fail("--bf16: this GPU has no bfloat16; leave that out")
-    env, eval_env = (make_env(args.env_id, args.image_size) for _ in range(2))
-    action_dim, space = env.action_space.shape[0], env.action_space
-
-    encoder = Encoder(args.frame_stack, args.image_size).to(device)
-    critic_projection, actor_projection = (make_projection(encoder, args.feature_dim).to(device) for _ in range(2))
-    actor = Actor(args.feature_dim, action_dim, args.hidden_dim).to(device)
-    qf1 = QNetwork(args.feature_dim, action_dim, args.hidden_dim).to(device)
-    qf2 = QNetwork(args.feature_dim, action_dim, args.hidden_dim).to(device)
-    eyes = encoder, critic_projection, actor_projection
-    networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
-    online = {"encoder": encoder, "critic_projection": critic_projection, "qf1": qf1, "qf2": qf2}
-    targets = {f"{name}_target": copy.deepcopy(net).requires_grad_(False) for name, net in online.items()}
-    encoder_target, critic_projection_target, qf1_target, qf2_target = targets.values()
-    models = online | targets | {"actor_projection": actor_projection, "actor": actor}
-    q_parameters = [p for net in online.values() for p in net.parameters()]
-    target_parameters = [p for net in targets.values() for p in net.parameters()]
-    actor_parameters = [*actor_projection.parameters(), *actor.parameters()]
-    log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
-    parameters = [*actor_parameters, *q_parameters, log_alpha]
-    q_optimizer = torch.optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
-    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.learning_rate, fused=True)
-    optimizers = {"q_optimizer": q_optimizer, "actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
-    trained = models | optimizers
-    frames_device = device if args.buffer_on_gpu else torch.device("cpu")
-    check_memory(args, action_dim, frames_device)
-    rb = ReplayBuffer(args.buffer_size, args.image_size, args.frame_stack, action_dim, device, frames_device)
-    start_step, actor_loss = 0, None
-
-    if checkpoint:
+    """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
+    play, script, checkpoint = args.evaluate, Path(__file__).stem, None
+    name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
+    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
+    if (args.resume, play) != (None, None):
+        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            # --- Injection: the frozen parts that the heads had ---
-            for name in ("actor", "qf1", "qf2", "qf1_target", "qf2_target"):
-                make_room_(models[name], checkpoint[name])
-            # --- end Injection ---
-            for name, part in trained.items():
-                part.load_state_dict(checkpoint[name])
-            log_alpha.data.copy_(checkpoint["log_alpha"])
-            rb.load(folder / checkpoint["buffer"], *checkpoint["buffer_counts"])
-            for name in generators.keys() & checkpoint["generators"].keys():  # "cuda" may be new on this machine
-                generators[name].set_state(checkpoint["generators"][name])
-            start_step, actor_loss = checkpoint["global_step"], checkpoint["actor_loss"]
-        except (KeyError, RuntimeError, ValueError, OSError) as error:
-            fail(f"--resume {folder}: its checkpoint is damaged or not of this task ({one_line(error)})")
-    folder = folder or new_run_folder(args)
-    remove_buffers(folder, keep=checkpoint["buffer"] if checkpoint else None)
-    cut_events(folder, checkpoint["events"] if checkpoint else {})
+            assert args == Args(resume=args.resume, evaluate=play, **own), "a run goes on with its own arguments"
+            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            lock.acquire()
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+        except Exception as error:
+            fail(f"--{'evaluate' if play else 'resume'} {folder}: damaged, or in use by another process, or {error}")
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+        for option, size in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)  # keeps freed memory: page faults are a fifth of an update's time
+    torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)
+    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    env, eval_env = (make_env(args) for _ in range(2))
+    action_dim, space = env.action_space.shape[0], env.action_space
+    encoder = Encoder(args.frame_stack, args.image_size)
+    critic_projection, actor_projection = (make_projection(encoder, args.feature_dim) for _ in range(2))
+    actor = Actor(args.feature_dim, action_dim, args.hidden_dim)
+    qf1, qf2 = (MLP(args.feature_dim + action_dim, args.hidden_dim, 1) for _ in range(2))
+    networks = nn.ModuleDict({"actor": actor, "qf1": qf1, "qf2": qf2}).to(device)  # the heads
+    # what the critics' loss trains, and their targets; what the actor's loss trains; the temperature
+    critics = nn.ModuleDict({"encoder": encoder, "critic_projection": critic_projection, "qf1": qf1, "qf2": qf2})
+    targets = copy.deepcopy(critics.to(device)).requires_grad_(False)
+    encoder_target, critic_projection_target, qf1_target, qf2_target = targets.values()
+    actors = nn.ModuleDict({"actor_projection": actor_projection, "actor": actor}).to(device)
+    temperature = nn.ParameterDict({"log_alpha": torch.tensor(math.log(args.alpha), device=device)})
+    log_alpha, eyes = temperature["log_alpha"], [encoder, critic_projection, actor_projection]
+    q_parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (critics, targets))
+    parameters = [*q_parameters, log_alpha.detach(), *(p.detach() for p in actors.parameters())]
+    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
+    actor_optimizer = torch.optim.Adam(actors.parameters(), lr=args.learning_rate, fused=True)
+    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.learning_rate, fused=True)
+    state = {"critics": critics, "actors": actors, "temperature": temperature, "targets": targets}
+    state |= {"q_optimizer": q_optimizer, "actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
+    global_step, actor_loss, frames_on = 0, torch.zeros(()), device if args.buffer_on_gpu else "cpu"
+    if not play:  # it takes gigabytes
+        rb = ReplayBuffer(args.buffer_size, args.image_size, args.frame_stack, action_dim, device, frames_on)
+        state["replay"] = rb
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint.pop(name))
+        for generator, saved in zip(generators, checkpoint["random"], strict=True):
+            generator.set_state(saved)
+        global_step, actor_loss = checkpoint["step"], checkpoint["actor_loss"]
+    else:
+        (folder / "models").mkdir(parents=True)
+        (folder / "args.json").write_text(text)
+        lock.acquire()
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"train-from-{start_step}")
+        name = f"{'play' if play else 'run'}-{global_step}"
+        env = gym.wrappers.RecordVideo(env, f"{folder}/videos", name_prefix=name)
+    if play:
+        returns = evaluate(encoder, actor_projection, actor, env, args.eval_episodes, args.seed)
+        env.close()
+        print(f"{args.env_id}: mean return {np.mean(returns):.2f}, std {np.std(returns):.2f}, {len(returns)} episodes")
+        return folder
     if args.track:
-        options = {"id": folder.name, "name": folder.name, "resume": "allow", "config": dataclasses.asdict(args)}
-        wandb = importlib.import_module("wandb")
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **options)
-    writer = SummaryWriter(folder)
-    if not checkpoint:
-        table = "".join(f"|{name}|{value}|\n" for name, value in dataclasses.asdict(args).items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        importlib.import_module("wandb").init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=global_step + 1)  # what was logged after the checkpoint is void
 
     def log(group, values):
         for name, value in values.items():
             writer.add_scalar(f"{group}/{name}", value, global_step)
 
-    def check_finite(tensors):
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            bar.close()
-            kept = f"the last good one is {folder}/checkpoint.pt" if checkpoint_step else "none was written before"
-            fail(
-                f"step {global_step}: a loss or a parameter is not finite; stopped without a checkpoint, {kept}", code=1
-            )
+    def check_finite(what, *values):
+        """Ends the run where a tensor, an array or a number is not finite; its last checkpoint stays."""
+        if not all(torch.as_tensor(value).isfinite().all() for value in values):
+            fail(f"step {global_step}: {what} is not finite; stopped, the last checkpoint in {folder} is good", 1)
 
-    def state():
-        """All that it takes to go on from here, at the end of an episode."""
-        check_finite(parameters)
+    def save_run():
+        """Keeps the networks' weights, and replaces the checkpoint by all that it takes to go on from here."""
+        check_finite("a weight", *parameters)
         writer.flush()
-        return {name: part.state_dict() for name, part in trained.items()} | {
-            "script": Path(__file__).stem,
-            "global_step": global_step,
-            "log_alpha": log_alpha.detach(),
-            "actor_loss": actor_loss,
-            "generators": {name: generator.get_state() for name, generator in generators.items()},
-            "buffer": f"buffer-{global_step}.bin",
-            "buffer_counts": [rb.size, rb.position, rb.frame_count],
-            "events": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")},
-        }
+        models = {**critics, **actors}
+        torch.save({name: net.state_dict() for name, net in models.items()}, f"{folder}/models/{global_step}.pt")
+        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach()}
+        new |= {"random": [g.get_state() for g in generators]}
+        new |= {name: part.state_dict() for name, part in state.items()}
+        torch.save(new, folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole or not at all
 
-    def autocast():
-        """Products in bfloat16 with --bf16; no cache, which would hide the weights from the pass with gradient."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
-
-    checkpoint_step, start_time, new_episode = start_step, time.time(), True
-    gc.collect()
-    gc.freeze()  # spares the garbage collector the many objects of the libraries
-    steps = range(start_step + 1, args.total_timesteps + 1)
-    bar = tqdm(steps, initial=start_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
-    for global_step in bar:
-        if new_episode:
-            env.reset(seed=int(torch.randint(2**31 - 1, ())))
-            frames, episodic_return, episodic_length = [picture(env)] * args.frame_stack, 0.0, 0
-            rb.start(frames[-1])
+    # with --bf16; a cache would hide the weights from the pass with gradient
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
+    save_run()
+    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
+    bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
+    for global_step in range(start_step + 1, args.total_timesteps + 1):
+        if done:
+            obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
+            rb.add_frame(obs[-3:], first=True)
 
         # Act: at random before learning starts, then as the policy draws
         with torch.no_grad():
             if global_step <= args.learning_starts:
                 action = 2 * torch.rand(action_dim, device=device) - 1
             else:
-                obs = torch.from_numpy(np.concatenate(frames)).to(device)[None]
-                action = actor.sample(actor_projection(encoder(obs)))[0][0]
-        action = action.cpu()
-        try:
-            reward, terminated, truncated = repeat_action(env, to_task(action, space), args.action_repeat)
-        except Exception:
-            check_finite(parameters)  # a task may refuse what a diverged actor does
-            raise
-        frames = [*frames[1:], picture(env)]
-        rb.add(action, reward, frames[-1], terminated)  # not `truncated`: the value of a state cut off there counts
-        new_episode = terminated or truncated
-        episodic_return, episodic_length = episodic_return + reward, episodic_length + 1
+                action = actor.sample(actor_projection(encoder(torch.from_numpy(obs).to(device)[None])))[0][0]
+        action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
+        check_finite("an action", action)  # MuJoCo would raise an error
+        obs, reward, terminated, truncated, info = env.step(action)
+        check_finite("a reward", reward)
+        rb.add(action, reward, obs[-3:], terminated)  # not `truncated`: the value of a state cut off there counts
+        done = terminated or truncated
 
-        if global_step > args.learning_starts:
-            t = global_step - args.learning_starts
+        # Learn: replay_ratio gradient steps for each agent step
+        while t < args.replay_ratio * (global_step - args.learning_starts):
+            t += 1
             batch = rb.sample(args.batch_size)
 
             # Random shifts: M of each observation for the loss, K of each next one for its target (DrQ, algorithm 1)
@@ -922,100 +498,91 @@ def train(args, folder, checkpoint, stop):
             next_shifted = random_shift(batch.next_obs.repeat(args.target_augmentations, 1, 1, 1), args.shift)
 
             # Soft clipped double Q-learning (SAC); the target is the mean over K shifts
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), autocast:
                 next_actions, next_log_prob = actor.sample(actor_projection(encoder(next_shifted)))
-                next_features = critic_projection_target(encoder_target(next_shifted))
-                qf1_next, qf2_next = qf1_target(next_features, next_actions), qf2_target(next_features, next_actions)
-                soft_values = torch.min(qf1_next, qf2_next) - log_alpha.exp() * next_log_prob
-                soft_values = soft_values.view(args.target_augmentations, -1).mean(0)
+                next_inputs = critic_projection_target(encoder_target(next_shifted)), next_actions
+                qf_next = torch.min(*(qf(*next_inputs).squeeze(1).float() for qf in (qf1_target, qf2_target)))
+                soft_values = (qf_next - log_alpha.exp() * next_log_prob).view(args.target_augmentations, -1).mean(0)
                 next_values = batch.reward + args.gamma * (1 - batch.terminated) * soft_values
+                next_values = next_values.repeat(args.loss_augmentations)
 
             # The critics' loss trains the convolutions, the critics' projection and both heads
-            with autocast():
-                features = critic_projection(encoder(shifted))
-                actions = batch.actions.repeat(args.loss_augmentations, 1)
-                qf1_values, qf2_values = qf1(features, actions), qf2(features, actions)
-            next_values = next_values.repeat(args.loss_augmentations)
+            with autocast:
+                critic_inputs = critic_projection(encoder(shifted)), batch.actions.repeat(args.loss_augmentations, 1)
+                qf1_values, qf2_values = (qf(*critic_inputs).squeeze(1).float() for qf in (qf1, qf2))
             qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
-            qf_loss = qf1_loss + qf2_loss
             q_optimizer.zero_grad()
-            qf_loss.backward()
-            adam_step_(q_optimizer)
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
 
             # Delayed updates of the actor, the temperature and the targets
             if t % args.policy_frequency == 0:
-                with autocast():
+                with autocast:
                     with torch.no_grad():  # the actor sees through the critics' convolutions, and does not train them
                         seen = encoder(shifted[: args.batch_size])
                         features = critic_projection(seen)
                     actions, log_prob = actor.sample(actor_projection(seen))
-                    qf_values = torch.min(qf1(features, actions), qf2(features, actions))
+                    qf_values = torch.min(*(qf(features, actions).squeeze(1).float() for qf in (qf1, qf2)))
                 actor_loss = (log_alpha.detach().exp() * log_prob - qf_values).mean()
                 actor_optimizer.zero_grad()
-                actor_loss.backward(inputs=actor_parameters)  # no gradient for the critics' parameters
-                adam_step_(actor_optimizer)
-                actor_loss = actor_loss.detach()
+                actor_loss.backward(inputs=list(actors.parameters()))  # no gradient for the critics' parameters
+                actor_optimizer.step()
 
                 # The temperature rises where the entropy, -log_prob, is below its target, -action_dim
                 alpha_loss = -log_alpha.exp() * (log_prob.detach().mean() - action_dim)
                 alpha_optimizer.zero_grad()
                 alpha_loss.backward()
-                adam_step_(alpha_optimizer)
-                with torch.no_grad():
-                    torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
-
+                alpha_optimizer.step()
+                torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
             if t % args.neuron_interval == 0:
-                for name, sample in inputs(rb.sample(2048, generator=generators["log"]), *eyes).items():
-                    log(f"neurons/{name}", neuron_statistics(networks[name].hidden(*sample)))
+                sample = inputs(rb.sample(2048, generator=generators[1]), *eyes)
+                for name, network in networks.items():
+                    hidden = network.hidden(*sample[name])
+                    log(f"neurons/{name}", neuron_statistics(hidden))
             if t % 100 == 0:
-                losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
-                losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
-                losses |= {"alpha": log_alpha.exp()} | ({} if actor_loss is None else {"actor_loss": actor_loss})
-                check_finite([*losses.values(), *parameters])
+                losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
+                losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "actor_loss": actor_loss}
+                losses |= {"alpha": log_alpha.exp()}
+                check_finite("a loss or a weight", *losses.values(), *parameters)
                 log("losses", {name: value.item() for name, value in losses.items()})
                 log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
 
-        if args.eval_interval and global_step % args.eval_interval == 0:
-            check_finite(parameters)
-            returns = evaluate(encoder, actor_projection, actor, eval_env, args, args.eval_episodes)
-            log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
-        # --- Injection: at injection_step, heads and targets at the same moment ---
+        # --- Injection: at injection_step, networks and targets at the same moment ---
         if args.inject != "none" and global_step in (args.injection_step or [args.total_timesteps // 2]):
             if args.inject != "critic":
-                inject_(actor, copy.deepcopy(actor), actor_optimizer)  # a copy in place of the target that it has not
+                inject_(actor, actor_optimizer)  # it has no target
             if args.inject != "actor":
-                inject_(qf1, qf1_target, q_optimizer)
-                inject_(qf2, qf2_target, q_optimizer)
+                inject_(qf1, q_optimizer, qf1_target)
+                inject_(qf2, q_optimizer, qf2_target)
             log("injection", {"actor_parts": len(actor.frozen), "critic_parts": len(qf1.frozen)})
         # --- end Injection ---
-        if new_episode:
-            log("charts", {"episodic_return": episodic_return, "episodic_length": episodic_length})
+        if args.eval_interval and global_step % args.eval_interval == 0:
+            check_finite("a weight", *parameters)
+            returns = evaluate(encoder, actor_projection, actor, eval_env, args.eval_episodes, args.seed)
+            log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
+        with contextlib.suppress(OSError):  # a screen that is gone must not end the run
+            bar.set_description("stopping with this episode; once more: at once" if stop else None, refresh=False)
+            bar.update()
+        if done:
+            log("charts", {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]})
             log("charts", {"frames": global_step * args.action_repeat})
-            shown = {"return": f"{episodic_return:.1f}"}
-            bar.set_postfix(shown, refresh=False)
-            interval = args.checkpoint_interval
-            due = interval and global_step // interval > checkpoint_step // interval
-            if (due or stop) and global_step < args.total_timesteps:
-                save_checkpoint(folder, state(), rb)
-                checkpoint_step = global_step
-                if stop:
-                    bar.close()
-                    env.close()
-                    resume = f"python {os.path.relpath(__file__)} --resume {folder}"
-                    print(f"stopped at step {global_step}; go on with: {resume}")
-                    sys.exit(128 + stop[0])
+            bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
+            if stop:
+                break
+            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+                save_run()
 
-    final = state()
-    writer.close()
-    env.close()
-    eval_env.close()
-    save({name: model.state_dict() for name, model in models.items()}, folder / "model.pt")
-    if args.checkpoint_interval:
-        save(final, folder / "checkpoint.pt")
-    remove_buffers(folder)
-    print(f"finished: {folder}")
-    return folder
+    if not stop:
+        rb.added = rb.dropped = rb.frame_count = 0  # a finished run keeps all but its replay
+    save_run()
+    for used in (writer, env, bar):
+        used.close()
+    print(f"{f'stopped; go on with: python {sys.argv[0]} --resume' if stop else 'finished:'} {folder}")
+    return sys.exit(128 + stop[0]) if stop else folder
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup; a terminal that closes sends SIGHUP twice
+            signal.signal(number, lambda n, _: os._exit(128 + n) if stop and n != signal.SIGHUP else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

@@ -153,14 +153,10 @@ def read_run(folder):
         raise ValueError(f"a return at step {returns['step'][~np.isfinite(returns['value'])].min()} is not finite")
     job = read_json(folder.parent.parent / "job.json")
     job = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.items()}
-    return {
-        **run | {"total": int(args.get("total_timesteps", 0)), "steps": steps},
-        **{"task": str(args.get("env_id", name[1])), "seed": int(args.get("seed", name[3]))},
-        **{"wall_clock_s": spans["wall_time"]},
-        **{"steps_per_s": spans["step"] / spans["wall_time"] if spans["wall_time"] else math.nan},
-        **{key: job.get(key, "") for key in JOB},
-        **{"logs": logs.sort_values("step", kind="stable")},
-    }
+    run |= {"task": str(args.get("env_id", name[1])), "seed": int(args.get("seed", name[3])), "steps": steps}
+    run |= {"total": int(args.get("total_timesteps", 0)), "wall_clock_s": spans["wall_time"]}
+    run |= {"steps_per_s": spans["step"] / spans["wall_time"] if spans["wall_time"] else math.nan}
+    return run | {key: job.get(key, "") for key in JOB} | {"logs": logs.sort_values("step", kind="stable")}
 
 
 def most_common(values):
@@ -517,11 +513,8 @@ def seeds_note(runs, tasks):
     """Says which methods have fewer seeds on some of the tasks, so that only the first ones count."""
     counts = runs[runs["task"].isin(tasks)].groupby(["method", "task"]).size().groupby("method").agg(["min", "max"])
     fewer = [f"`{row.Index}`: {row.min}" for row in counts.itertuples() if row.min < row.max]
-    return (
-        f"Where a method has more seeds on one task than on another, the first count: {'; '.join(fewer)}.\n"
-        if fewer
-        else ""
-    )
+    note = f"Where a method has more seeds on one task than on another, the first count: {'; '.join(fewer)}.\n"
+    return note if fewer else ""
 
 
 def improvement_section(table, method, methods):
@@ -824,9 +817,7 @@ def fill_pages(pages, results):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or of runs.csv and curves.csv")
-    parser.add_argument(
-        "--out", type=Path, help="folder to write into; default: FOLDER/report, or that of the CSV files"
-    )
+    parser.add_argument("--out", type=Path, help="folder to write into; default: FOLDER/report, or that of the CSVs")
     parser.add_argument("--of", metavar="METHOD", help="method whose probability of improvement is shown; default: NE")
     parser.add_argument("--unfinished", action="store_true", help="take in runs that ended before most of their task")
     parser.add_argument("--readme", action="store_true", help="redraw what the pages show, put the tables there")
@@ -835,19 +826,14 @@ def main(words=None):
         pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
         return fill_pages(pages, ROOT / "benchmark" / "results")
     if args.folder is None or not args.folder.is_dir():
-        fail(
-            f"there is no folder {args.folder}; give the folder of your runs"
-            if args.folder
-            else "give a folder of runs"
-        )
+        fail(f"there is no folder {args.folder}; give that of your runs" if args.folder else "give a folder of runs")
     published = all((args.folder / name).exists() for name in ("runs.csv", "curves.csv"))
     out = args.out or (args.folder if published else args.folder / "report")
     if not published:
         collect(args.folder, out, args.unfinished)
     elif out.resolve() != args.folder.resolve():
         out.mkdir(parents=True, exist_ok=True)
-        kept = [path for pattern in ("*.csv", "cycles.md", "cycle_*.png") for path in args.folder.glob(pattern)]
-        for path in kept:
+        for path in [*args.folder.glob("*.csv"), *args.folder.glob("cycle*")]:
             shutil.copyfile(path, out / path.name)
     draw(out, args.of)
     print(f"{out / 'report.md'}, with its pictures and CSV files")

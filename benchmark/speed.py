@@ -2,6 +2,7 @@
 
     python benchmark/speed.py
     python benchmark/speed.py --env-ids HalfCheetah-v4 Humanoid-v4 --threads 1 2
+    python benchmark/speed.py --beside ../before --threads 1
     python benchmark/speed.py --cycle --env-ids HalfCheetah-v4 Humanoid-v4 Ant-v4 Hopper-v4 --threads 1
     python benchmark/speed.py --pixels
     python benchmark/speed.py --pixels --image-size 48 --batch-size 128 --hidden-dim 256 --augmentations 1 --threads 1
@@ -10,6 +11,8 @@ Each contestant is a process of its own; they take turns, a chunk of training st
 machine is doing meets all of them alike. A ratio is taken within a round and given as its median and quartiles over
 the rounds. The share of the matrix-product limit is the time that the products of one training step take alone,
 in a bare loop, over the time of the whole training step (task, acting and storing included).
+With --beside, NE-TD3 and TD3 of another checkout of the repository, for instance of the commit before, take turns with
+those of this one.
 With --cycle the contestants are NE-TD3 on each task alone and in a cycle with the other ones, so padded to the largest
 of them; then a short cycle of them all is run, for the time that a switch from task to task takes.
 With --pixels they are NE-DrQ, DrQ, and the convolutions of one update alone, in a bare loop: random shifts, forward and
@@ -47,11 +50,11 @@ TOTAL = 1_000_000  # of the run that is timed; only its beginning is run
 
 
 class Turns:
-    """Stands in for a run's progress bar: hands out its steps in chunks, each when the main process says so."""
+    """Stands in for a run's progress bar: lets it do its steps in chunks, each when the main process says so."""
 
-    def __init__(self, steps, pipe, chunk, warm_up):
-        self.steps, self.pipe, self.chunk, self.warm_up = steps, pipe, chunk, warm_up
-        self.parts, self.marked, self.synchronize = {}, 0.0, lambda: None
+    def __init__(self, pipe, chunk, warm_up):
+        self.pipe, self.chunk, self.warm_up = pipe, chunk, warm_up
+        self.parts, self.marked, self.synchronize, self.step = {}, 0.0, lambda: None, 1
 
     def mark(self, part):
         """Adds the time since the last mark to what a part of the steps takes."""
@@ -64,26 +67,38 @@ class Turns:
         """Called before each step: after a chunk, reports its time and waits for the next turn."""
         if step < self.warm_up or (step - self.warm_up) % self.chunk:
             return
-        if step > self.warm_up:
-            self.pipe.send(time.perf_counter() - self.start)
-        else:
-            self.pipe.send("warm")
-        if self.pipe.recv() == "stop":
-            on_gpu = sys.modules["torch"].cuda.max_memory_allocated()
-            self.pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, on_gpu, self.parts))
-            os._exit(0)
+        try:
+            self.pipe.send(time.perf_counter() - self.start if step > self.warm_up else "warm")
+            if self.pipe.recv() == "stop":
+                on_gpu = sys.modules["torch"].cuda.max_memory_allocated()
+                self.pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, on_gpu, self.parts))
+                os._exit(0)
+        except (OSError, EOFError):  # the main process is gone
+            os._exit(1)
         if step == self.warm_up:
             self.parts.clear()
         self.start = self.marked = time.perf_counter()
 
+    def __call__(self, steps=(), **kwargs):
+        """In place of tqdm."""
+        self.steps = steps
+        return self
+
+    def update(self):
+        """Ends a step of a script that tells its bar so."""
+        self.mark("update")
+        self.step += 1
+        self.turn_over(self.step)
+
     def __iter__(self):
+        """The steps, for a script that takes them from its bar, as those of older commits do."""
         for step in self.steps:
             self.turn_over(step)
             yield step
             self.mark("update")
 
-    def set_postfix(self, *args, **kwargs):
-        pass
+    def __getattr__(self, name):  # what else a bar does
+        return lambda *args, **kwargs: None
 
 
 def load_script(path):
@@ -93,9 +108,9 @@ def load_script(path):
     return module
 
 
-def run_script(path, task, threads, pipe, chunk, warm_up):
+def run_script(path, task, threads, turns):
     module = load_script(path)
-    module.tqdm = lambda steps, **kwargs: Turns(steps, pipe, chunk, warm_up)
+    module.tqdm = turns
     args = {"learning_starts": LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0, "cuda": False}
     module.main(module.Args(**task, torch_threads=threads, **args))
 
@@ -103,51 +118,46 @@ def run_script(path, task, threads, pipe, chunk, warm_up):
 def marked(call, turns, after, before=None):
     """A function that marks the time before and after it."""
 
-    def calling(*arguments):
+    def calling(*arguments, **named):
         if before:
             turns.mark(before)
-        result = call(*arguments)
+        result = call(*arguments, **named)
         turns.mark(after)
         return result
 
     return calling
 
 
-def run_pixels(path, task, threads, pipe, chunk, warm_up):
+def run_pixels(path, task, threads, turns):
     """A step's parts, in their order: acting, rendering (with the task's own steps and resets), storing, the update."""
     module = load_script(path)
-    turns = Turns(None, pipe, chunk, warm_up)
     if module.torch.cuda.is_available():
         turns.synchronize = module.torch.cuda.synchronize
-
-    def take_turns(steps, **kwargs):
-        turns.steps = steps
-        return turns
-
-    module.tqdm = take_turns
-    module.repeat_action = marked(module.repeat_action, turns, "render", before="acting")
-    module.picture = marked(module.picture, turns, "render")
-    module.ReplayBuffer.add = marked(module.ReplayBuffer.add, turns, "storing")
+    module.tqdm = turns
+    for name in ("step", "reset"):
+        setattr(module.Pixels, name, marked(getattr(module.Pixels, name), turns, "render", before="acting"))
+    for name in ("add", "add_frame"):
+        setattr(module.ReplayBuffer, name, marked(getattr(module.ReplayBuffer, name), turns, "storing"))
     args = {"learning_starts": PIXELS_LEARNING_STARTS, "eval_interval": 0, "checkpoint_interval": 0}
     known = {name: value for name, value in task.items() if name in module.Args.__dataclass_fields__}
     module.main(module.Args(**known, torch_threads=threads, **args))
 
 
-def run_convolutions(task, threads, pipe, chunk, warm_up):
+def run_convolutions(task, threads, turns):
     """What DrQ's encoder does in each update: the shifts and both its passes, and the target encoder's."""
     module = load_script(PIXELS["DrQ"])
     torch = module.torch
     known = {name: value for name, value in task.items() if name in module.Args.__dataclass_fields__}
-    args = module.Args(**known, torch_threads=threads)
-    module.set_process(args)
+    args = module.Args(**known)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, target = (module.Encoder(args.frame_stack, args.image_size).to(device) for _ in range(2))
     shape = args.batch_size, 3 * args.frame_stack, args.image_size, args.image_size
     obs, next_obs = (torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(2))
-    turns = Turns(range(warm_up - 5, TOTAL), pipe, chunk, warm_up)
     if device.type == "cuda":
         turns.synchronize = torch.cuda.synchronize
-    for step in turns:
+    for step in turns(range(turns.warm_up - 5, TOTAL)):
         shifted = module.random_shift(obs.repeat(args.loss_augmentations, 1, 1, 1), args.shift)
         next_shifted = module.random_shift(next_obs.repeat(args.target_augmentations, 1, 1, 1), args.shift)
         encoder.zero_grad()
@@ -161,7 +171,7 @@ def run_convolutions(task, threads, pipe, chunk, warm_up):
         seen.backward(torch.ones_like(seen))
 
 
-def run_sb3(env_id, threads, pipe, chunk, warm_up):
+def run_sb3(env_id, threads, turns):
     warnings.filterwarnings("ignore")
     import gymnasium as gym
     import torch
@@ -170,7 +180,6 @@ def run_sb3(env_id, threads, pipe, chunk, warm_up):
     from stable_baselines3.common.noise import NormalActionNoise
 
     torch.set_num_threads(threads)
-    turns = Turns(None, pipe, chunk, warm_up)
 
     class Callback(BaseCallback):
         def _on_step(self):
@@ -225,7 +234,7 @@ def matrix_products(obs_dim, action_dim):
     return products
 
 
-def run_products(env_id, threads, pipe, chunk, warm_up):
+def run_products(env_id, threads, turns):
     warnings.filterwarnings("ignore")
     import gymnasium as gym
     import torch
@@ -237,49 +246,53 @@ def run_products(env_id, threads, pipe, chunk, warm_up):
         tensors = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
         products.append((*tensors, share))
     with torch.no_grad():
-        for step in Turns(range(TOTAL), pipe, chunk, warm_up):
+        for step in turns(range(TOTAL)):
             for left, right, out, share in products:
                 if share == 1 or step % 2 == 0:
                     torch.mm(left, right, out=out)
 
 
-def contestant(name, env_id, threads, pipe, chunk, warm_up, folder, settings):
+def contestant(run, threads, pipe, chunk, warm_up, folder):
+    """A process that runs `run`, a function and its first arguments, in turns with the others."""
     os.chdir(folder)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(f"{os.getpid()}.txt", "w")
     os.dup2(sys.stderr.fileno(), 2)
-    if name in SCRIPTS:
-        run_script(SCRIPTS[name], {"env_id": env_id, "total_timesteps": TOTAL}, threads, pipe, chunk, warm_up)
-    elif name in PIXELS:
-        run_pixels(PIXELS[name], {"env_id": env_id} | settings, threads, pipe, chunk, warm_up)
-    elif name == "convolutions":
-        run_convolutions(settings, threads, pipe, chunk, warm_up)
-    elif name.startswith("cycle "):  # its first visit, to `env_id`, is all that is run
-        task = {"env_ids": (env_id, *name.split()[1:]), "task_steps": TOTAL, "eval_episodes": 1}
-        run_script(CYCLING, task, threads, pipe, chunk, warm_up)
-    else:
-        {"SB3 TD3": run_sb3, "products": run_products}[name](env_id, threads, pipe, chunk, warm_up)
+    function, *arguments = run
+    function(*arguments, threads, Turns(pipe, chunk, warm_up))
 
 
-def measure(names, env_id, threads, rounds, chunk, warm_up, settings=None):
-    """-> ({contestant: seconds per step, [rounds]}, {contestant: (peak memory, on the GPU, seconds of each part)})."""
+def measure(contestants, threads, args):
+    """contestants: {name: what each runs}.
+
+    -> ({name: seconds per step, [rounds]}, {name: (peak memory, on the GPU, seconds of each part)}).
+    """
     context = multiprocessing.get_context("spawn")
-    pipes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:  # one after the other, so that warming up does not disturb either
+
+        def receive(name):
+            try:
+                return pipes[name].recv()
+            except EOFError:
+                lines = Path(folder, f"{processes[name].pid}.txt").read_text().splitlines()
+                sys.exit(f"error: {name} does not run: {lines[-1] if lines else 'it was killed'}")
+
+        pipes, processes = {}, {}
+        for name, run in contestants.items():  # one after the other, so that warming up does not disturb either
             pipes[name], theirs = context.Pipe()
-            arguments = (name, env_id, threads, theirs, chunk, warm_up, folder, settings)
-            context.Process(target=contestant, args=arguments, daemon=True).start()
+            arguments = (run, threads, theirs, args.chunk, args.warm_up, folder)
+            processes[name] = context.Process(target=contestant, args=arguments, daemon=True)
+            processes[name].start()
             theirs.close()
-            assert pipes[name].recv() == "warm"
-        seconds = {name: [] for name in names}
-        for _ in range(rounds):
-            for name in names:
+            assert receive(name) == "warm"
+        seconds = {name: [] for name in contestants}
+        for _ in range(args.rounds):
+            for name in contestants:
                 pipes[name].send("go")
-                seconds[name].append(pipes[name].recv() / chunk)
+                seconds[name].append(receive(name) / args.chunk)
         ends = {}
-        for name in names:
+        for name in contestants:
             pipes[name].send("stop")
-            ends[name] = pipes[name].recv()
+            ends[name] = receive(name)
     return {name: np.array(times) for name, times in seconds.items()}, ends
 
 
@@ -317,44 +330,63 @@ def time_switches(env_ids, threads, folder, visit=1500):
     """Runs a cycle of short visits -> seconds of the steps that start a visit, but the first."""
     times = []
 
-    def steps(steps, **kwargs):
-        for step in steps:
-            start = time.perf_counter()
-            yield step
-            if step > 1 and (step - 1) % visit == 0:
-                times.append(time.perf_counter() - start)
-
-    class Bar:
-        def __init__(self, *args, **kwargs):
-            self.steps = steps(*args, **kwargs)
-
-        def __iter__(self):
-            return self.steps
-
-        def set_postfix(self, *args, **kwargs):
-            pass
+    class Clock(Turns):
+        def turn_over(self, step):
+            now = time.perf_counter()
+            if step > 2 and (step - 2) % visit == 0:  # the step before this one
+                times.append(now - self.start)
+            self.start = now
 
     module = load_script(CYCLING)
-    module.tqdm = Bar
+    module.tqdm = Clock(None, None, None)
     sizes = {"task_steps": visit, "learning_starts": visit // 2, "growth_interval": 100, "eval_episodes": 1}
     with contextlib.chdir(folder), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         module.main(module.Args(env_ids=tuple(env_ids), torch_threads=threads, eval_interval=0, cuda=False, **sizes))
     return times
 
 
+def print_table(args):
+    """The table without --cycle and --pixels; with --beside a row more for each script, and how ours compares to it."""
+    scripts = dict(SCRIPTS)
+    if args.beside:
+        scripts |= {f"{name} beside": args.beside / path.relative_to(ROOT) for name, path in SCRIPTS.items()}
+    columns = ["task", "threads", "method", "steps/s", "over SB3's TD3", "over our TD3", "share of the limit"]
+    show(*columns, "memory, MB", *["over that beside"] * bool(args.beside))
+    for env_id in args.env_ids:
+        for threads in args.threads:
+            task = {"env_id": env_id, "total_timesteps": TOTAL}
+            runs = {name: (run_script, path, task) for name, path in scripts.items()}
+            runs |= {"SB3 TD3": (run_sb3, env_id), "products": (run_products, env_id)}
+            seconds, ends = measure(runs, threads, args)
+            for name, own in seconds.items():
+                cells = [env_id, threads, name, f"{np.median(1 / own):.0f}"]
+                if name == "products":
+                    cells[2:] = ["matrix products alone", cells[3], "", "", "1", ""]
+                else:
+                    cells += [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]
+                    cells.append(f"{ends[name][0] / 1e6:.0f}")
+                if args.beside:
+                    other = seconds.get(f"{name} beside")
+                    cells.append("" if other is None else spread(other / own))
+                show(*cells, csv=args.csv)
+
+
 def print_cycle(args):
     """The table of --cycle."""
     show("task", "threads", "alone, steps/s", "in the cycle, steps/s", "in the cycle over alone")
-    cycle = "cycle " + " ".join(args.env_ids)
     for env_id in args.env_ids:
         for threads in args.threads:
-            seconds, _ = measure(["NE-TD3", cycle], env_id, threads, args.rounds, args.chunk, args.warm_up)
-            alone, padded = seconds["NE-TD3"], seconds[cycle]
-            rates = f"{np.median(1 / alone):.0f}", f"{np.median(1 / padded):.0f}"
-            show(env_id, threads, *rates, spread(alone / padded), csv=args.csv)
+            # the cycle's first visit, to `env_id`, is all that is run of it
+            cycle = {"env_ids": (env_id, *args.env_ids), "task_steps": TOTAL, "eval_episodes": 1}
+            alone = {"env_id": env_id, "total_timesteps": TOTAL}
+            runs = {"alone": (run_script, SCRIPTS["NE-TD3"], alone), "cycle": (run_script, CYCLING, cycle)}
+            seconds, _ = measure(runs, threads, args)
+            rates = (f"{np.median(1 / seconds[name]):.0f}" for name in runs)
+            show(env_id, threads, *rates, spread(seconds["alone"] / seconds["cycle"]), csv=args.csv)
     with tempfile.TemporaryDirectory() as folder:
         times = time_switches(args.env_ids, args.threads[0], folder)
-    print(f"\nA step that starts a visit: {np.median(times) * 1e3:.1f} ms, at most {max(times) * 1e3:.1f} ms")
+    worst, middle = max(times) * 1e3, np.median(times) * 1e3
+    print(f"\nA step that starts a visit, with the checkpoint before it: {middle:.1f} ms, at most {worst:.1f} ms")
 
 
 def print_pixels(args):
@@ -371,8 +403,8 @@ def print_pixels(args):
     show(*columns, "memory, MB", "on the GPU, MB")
     for env_id in args.env_ids:
         for threads in args.threads:
-            names = [*PIXELS, "convolutions"]
-            seconds, ends = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up, settings)
+            runs = {name: (run_pixels, path, {"env_id": env_id} | settings) for name, path in PIXELS.items()}
+            seconds, ends = measure(runs | {"convolutions": (run_convolutions, settings)}, threads, args)
             for name in PIXELS:
                 own, (memory, on_gpu, parts) = seconds[name], ends[name]
                 cells = [env_id, threads, name, f"{args.action_repeat * np.median(1 / own):.1f}"]
@@ -391,6 +423,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--chunk", type=int, help="training steps of a turn; default: 250, with --pixels 20")
     parser.add_argument("--warm-up", type=int, help="steps before the first turn; default: 1500, with --pixels 205")
+    beside = "another checkout of the repository, whose NE-TD3 and TD3 are measured too"
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help=beside)
     parser.add_argument("--cycle", action="store_true", help="measure what being one task of a cycle costs")
     parser.add_argument(
         "--pixels", action="store_true", help="measure the scripts that learn from pixels, as set below"
@@ -407,24 +441,16 @@ def main():
     args.env_ids = args.env_ids or ["dm_control/walker-walk-v0" if args.pixels else "HalfCheetah-v4"]
     args.chunk = args.chunk or (20 if args.pixels else 250)
     args.warm_up = args.warm_up or (PIXELS_LEARNING_STARTS + 5 if args.pixels else LEARNING_STARTS + 500)
+    if args.beside and (args.cycle or args.pixels or not (args.beside / SCRIPTS["NE-TD3"].name).exists()):
+        parser.error(f"--beside {args.beside}: takes the folder of a checkout, and neither --cycle nor --pixels")
+    args.beside = args.beside and args.beside.resolve()
     print(machine())
     print("Medians over rounds, quartiles in parentheses.\n")
     if args.cycle:
         return print_cycle(args)
     if args.pixels:
         return print_pixels(args)
-    show("task", "threads", "method", "steps/s", "over SB3's TD3", "over our TD3", "share of the limit", "memory, MB")
-    for env_id in args.env_ids:
-        for threads in args.threads:
-            names = [*SCRIPTS, "SB3 TD3", "products"]
-            seconds, ends = measure(names, env_id, threads, args.rounds, args.chunk, args.warm_up)
-            for name in [*SCRIPTS, "SB3 TD3"]:
-                own = seconds[name]
-                columns = [spread(seconds[other] / own) for other in ("SB3 TD3", "TD3", "products")]
-                rate = f"{np.median(1 / own):.0f}"
-                show(env_id, threads, name, rate, *columns, f"{ends[name][0] / 1e6:.0f}", csv=args.csv)
-            rate = f"{np.median(1 / seconds['products']):.0f}"
-            show(env_id, threads, "matrix products alone", rate, "", "", "1", "", csv=args.csv)
+    print_table(args)
 
 
 if __name__ == "__main__":

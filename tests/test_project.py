@@ -1,4 +1,4 @@
-"""The project around the scripts: requirements, README, citation."""
+"""The project around the scripts: requirements, pages, citation."""
 
 import difflib
 import json
@@ -7,14 +7,22 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import tyro
 from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, PIXELS, ROOT, SCRIPTS, events, load_script, short_args
 from PIL import Image
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "baselines" / "README.md", ROOT / "benchmark" / "README.md"]
+TEXTS = {path: path.read_text() for path in PAGES}
+README = TEXTS[ROOT / "README.md"]
+RESULTS = ROOT / "benchmark" / "results"
 
 
 def requirements(path):
@@ -37,14 +45,24 @@ def block(marker):
     return blocks[0]
 
 
-def table(heading, number=0):
-    """The cells of a table below a heading of the README, its two top rows aside -> list of lists."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def commands(text):
+    """The lines of a page's bash blocks, continued ones in one -> list."""
+    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```$", text)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def table(page, heading, number=0):
+    """The cells of a table below a heading of a page, its two top rows aside -> list of lists."""
+    section = re.split(r"(?m)^#+ ", (ROOT / page).read_text().split(f"\n## {heading}\n")[1])[0]
     lines = re.findall(r"(?m)(?:^\|.*\n)+", section)[number].splitlines()
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
-METHODS = table("Methods") + table("A cycle of tasks") + table("From pixels")
+METHODS = [
+    row
+    for heading in ("One task, states", "Over a cycle of tasks", "From pixels")
+    for row in table("baselines/README.md", heading)
+]
 
 
 def project_files():
@@ -65,10 +83,7 @@ def test_a_scripts_inline_metadata_equals_requirements_txt(script):
     block = metadata(PATHS[script])
     assert block["requires-python"] == ">=3.11"
     assert len(block["dependencies"]) == len(set(block["dependencies"]))
-    needed = [line for line in requirements(ROOT / "requirements.txt") if not line.startswith("matplotlib")]
-    if "import matplotlib" in (text := PATHS[script].read_text()) or "from matplotlib" in text:  # for its picture
-        needed.append(next(line for line in requirements(ROOT / "requirements.txt") if line.startswith("matplotlib")))
-    assert sorted(block["dependencies"]) == sorted(needed)
+    assert sorted(block["dependencies"]) == sorted(requirements(ROOT / "requirements.txt"))
 
 
 @pytest.mark.parametrize(
@@ -85,15 +100,15 @@ def test_requirements_are_pinned_and_build_on_those_of_the_scripts(folder, base)
 
 def test_the_readmes_five_lines_load_a_model_and_act(tmp_path):
     code = block("load-model")
-    assert sum(line != "" for line in code.splitlines()) == 5
-    assert code.count('"runs/RUN_FOLDER/model.pt"') == 1
+    assert sum(line != "" and "import" not in line for line in code.splitlines()) == 5
+    assert code.count('"runs/RUN_FOLDER/models/1000000.pt"') == 1
     torch.manual_seed(0)
-    actor = NE.Actor(17, np.full(6, -1.0), np.full(6, 1.0), 256)
+    actor = NE.Actor(17, torch.full((6,), -1.0), torch.full((6,), 1.0), 256)
     NE.sparse_start_(NE.masked_layers(actor), 0.25, torch.Generator().manual_seed(0))
-    torch.save({"actor": actor.state_dict()}, tmp_path / "model.pt")
+    torch.save({"actor": actor.state_dict()}, tmp_path / "1000000.pt")
 
     # what follows the five lines prints what they saw (the task has not moved since) and did
-    code = code.replace('"runs/RUN_FOLDER/model.pt"', repr(str(tmp_path / "model.pt")))
+    code = code.replace('"runs/RUN_FOLDER/models/1000000.pt"', repr(str(tmp_path / "1000000.pt")))
     code += "import json\nprint(json.dumps([env.unwrapped._get_obs().tolist(), action.tolist()]))\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -108,34 +123,81 @@ def test_the_readmes_five_lines_load_a_model_and_act(tmp_path):
     np.testing.assert_allclose(action, expected, atol=1e-5)
 
 
-def test_the_readmes_start_blocks_set_up_and_run_all_that_they_need():
-    run, tests = block("start-run").splitlines(), block("start-test").splitlines()
-    set_up = ["python3 -m venv .venv", ". .venv/bin/activate"]
-    assert run == [*set_up, "pip install -r requirements.txt", "python ne_td3_continuous.py --env-id HalfCheetah-v4"]
-    assert tests == [*set_up, "pip install -r tests/requirements.txt", 'python -m pytest -m "not slow" -n auto']
+def test_the_readmes_two_command_lines_set_up_and_run_all_that_they_need():
+    set_up = "python3 -m venv .venv && . .venv/bin/activate && pip install -r "
+    assert block("start-run") == set_up + "requirements.txt && python ne_td3_continuous.py\n"
+    assert block("start-test") == set_up + 'tests/requirements.txt && pytest -m "not slow" -n auto\n'
 
 
-def test_the_readmes_results_are_what_the_report_draws_from_the_published_tables(tmp_path):
-    report, results = load_script(ROOT / "benchmark" / "report.py"), ROOT / "benchmark" / "results"
-    shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(results, tmp_path / "results")
-    report.fill_readme(tmp_path / "README.md", tmp_path / "results")
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run benchmark/report.py --readme"
-    drawn = [path for table in sorted(results.glob("*/runs.csv")) for path in sorted(table.parent.iterdir())]
-    assert {path.parent.name for path in drawn} == set(
-        re.findall(r"<!-- report (\S+) ", (ROOT / "README.md").read_text())
-    )
-    for folder in {path.parent for path in drawn}:
-        again = tmp_path / folder.relative_to(results.parent)
-        assert {path.name for path in folder.iterdir()} == {path.name for path in again.iterdir()}
-    for path in drawn:
-        again = tmp_path / path.relative_to(results.parent)
-        if path.suffix == ".png":
-            ours, new = Image.open(path), Image.open(again)
-            assert ours.info["Data"] == new.info["Data"] and ours.size == new.size, path
-            assert np.abs(np.asarray(ours.convert("L"), float) - np.asarray(new.convert("L"), float)).mean() < 1, path
-        else:
-            assert path.read_bytes() == again.read_bytes(), path
+def test_the_readmes_short_run_has_events_evaluations_and_looks_at_the_neurons():
+    (line,) = block("short-run").replace("\\\n", " ").splitlines()
+    python, script, *words = line.split()
+    assert [python, script] == ["python", "ne_td3_continuous.py"]
+    args = tyro.cli(NE.Args, args=words)
+    assert args.gradient_steps // args.growth_interval == 15
+    assert args.gradient_steps // args.neuron_interval == 15
+    assert args.total_timesteps // args.eval_interval == 4
+
+
+def test_the_pages_results_are_what_the_report_draws_from_the_published_tables(tmp_path):
+    report, again = load_script(ROOT / "benchmark" / "report.py"), tmp_path / "results"
+    pages = [tmp_path / str(number) for number in range(len(PAGES))]
+    for page, text in zip(pages, TEXTS.values(), strict=True):
+        page.write_text(text)
+    shutil.copytree(RESULTS, again)
+    report.fill_pages(pages, again)
+    for page, (path, text) in zip(pages, TEXTS.items(), strict=True):
+        assert page.read_text() == text, f"{path}: run benchmark/report.py --readme"
+    published = {path.parent.name for path in RESULTS.glob("*/runs.csv")}
+    shown = {name for text in TEXTS.values() for name in re.findall(r"<!-- report (\S+) ", text)}
+    linked = set(re.findall(r"\(results/(\w+)/report\.md\)", TEXTS[ROOT / "benchmark" / "README.md"]))
+    assert shown <= published == linked
+    tables = {name for text in TEXTS.values() for name in re.findall(r"<!-- table (\S+) ", text)}
+    assert tables == {path.stem for path in RESULTS.glob("*.csv")}
+    for name in published:
+        report.draw(again / name)
+        assert {path.name for path in (RESULTS / name).iterdir()} == {path.name for path in (again / name).iterdir()}
+        for path in (RESULTS / name).iterdir():
+            assert same_file(path, again / name / path.name), f"{path}: run benchmark/report.py {RESULTS / name}"
+
+
+def same_file(path, other):
+    """Whether two files are the same to the byte, or two pictures nearly so and of the same data."""
+    if path.suffix != ".png":
+        return path.read_bytes() == other.read_bytes()
+    ours, new = Image.open(path), Image.open(other)
+    if ours.info.get("Data") != new.info.get("Data") or ours.size != new.size:
+        return False
+    return np.abs(np.asarray(ours.convert("L"), float) - np.asarray(new.convert("L"), float)).mean() < 1
+
+
+def test_the_readmes_picture_is_drawn_from_the_published_curves(tmp_path):
+    picture = load_script(ROOT / "benchmark" / "picture.py")
+    picture.draw(pd.read_csv(RESULTS / "td3_100k" / "curves.csv"), tmp_path / "again.png", "HalfCheetah-v4")
+    assert same_file(ROOT / "docs" / "ne_halfcheetah.png", tmp_path / "again.png"), "run benchmark/picture.py"
+
+
+def test_the_readmes_three_lines_of_results_are_the_published_numbers():
+    runs, curves = (pd.read_csv(RESULTS / "td3_100k" / f"{name}.csv") for name in ("runs", "curves"))
+    text = " ".join(README.split("**Results so far**")[1].split("\n## ")[0].split())
+    evaluations = curves[(curves["tag"] == "return") & (curves["step"] > 10_000)]  # after learning starts
+    areas = {name: of.groupby("seed")["value"].mean() for name, of in evaluations.groupby("method")}
+    others = "td3_continuous", "static_sparse_td3_continuous", "ne_td3_continuous grow=False"
+    ne = areas["ne_td3_continuous"].to_numpy()
+    means = [f"{values.mean():.0f}" for values in (ne, *(areas[name] for name in others))]
+    assert "NE has {}, TD3 {}, a static sparse network {}, NE without growth {}.".format(*means) in text
+    pairs = [int(sum(a > b for a in ne for b in areas[name])) for name in others]
+    assert "in {}, {} and {} of 25 pairs".format(*pairs) in text
+    cells = {row[0]: row[4] for row in markdown_rows((RESULTS / "td3_100k" / "report.md").read_text())}
+    first, second = (cells[f"`{name}`"].partition(" (") for name in ("ne_td3_continuous", "td3_continuous"))
+    assert f"IQM: {first[0]} (95 % interval {first[2]} and {second[0]} ({second[2]}." in text
+    assert runs["steps"].eq(100_000).all() and len(ne) == 5
+
+
+def markdown_rows(text):
+    """The rows of a text's first table -> list of lists of cells."""
+    first = re.findall(r"(?m)(?:^\|.*\n)+", text)[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()[2:]]
 
 
 # whose tags a row of the README's table is about, by the end of its last column
@@ -145,64 +207,123 @@ OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",), ", cycling": tu
 
 
 def logged_tags(folder):
-    """The tags of a run's log, as the README writes them -> set."""
+    """The tags of a run's log, as the pages write them -> set."""
     shortened = {"/(actor|qf1|qf2)(?=/|_recycled)": "/<net>", r"layer\d$": "layer<l>", "critic_parts": "actor_parts"}
     shortened |= {"/Pendulum-v1/": "/<task>/"}
     logged = set(events(folder))
     for pattern, short in shortened.items():
         logged = {re.sub(pattern, short, tag) for tag in logged}
-    return logged - {"hyperparameters/text_summary"}
+    return logged
 
 
 def explained_tags(script):
-    """The tags that the README's tables have for a script -> set."""
-    rows = [(tag.strip("`"), when) for tag, _, when in table("What you see")]
+    """The tags that the pages' tables have for a script -> set."""
+    rows = [(tag.strip("`"), when) for tag, _, when in table("docs/logs.md", "Tags")]
     assert len(rows) == len(set(rows))
     owners = {tag: next((own for end, own in OWNERS.items() if when.endswith(end)), ("",)) for tag, when in rows}
     tags = {tag for tag, own in owners.items() if script.startswith(own)}
-    return tags | ({tag.strip("`") for tag, *_ in table("From pixels", 1)} if script in PIXELS else set())
+    return tags | ({tag.strip("`") for tag, *_ in table("docs/pixels.md", "Tags")} if script in PIXELS else set())
 
 
 @pytest.mark.parametrize("script", SCRIPTS | CYCLING)
-def test_the_readme_explains_exactly_the_tags_that_are_logged(script):
+def test_the_pages_explain_exactly_the_tags_that_are_logged(script):
     often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
     folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
     assert logged_tags(folder) == explained_tags(script)
+    rows = [row[0].strip("`").split("/")[0] for row in table("docs/logs.md", "The run's folder")]
+    assert all(any(fnmatch(path.name, row) for row in [*rows, "cycle.csv"]) for path in folder.iterdir())
+
+
+def test_the_readmes_tags_are_those_of_the_page_about_logs():
+    short = {tag for row in table("README.md", "What you see") for tag in re.findall(r"`([^`]+)`", row[0])}
+    assert short <= {row[0].strip("`") for row in table("docs/logs.md", "Tags")}
 
 
 def test_what_the_audit_table_names_exists():
-    rows = table("Audit table")
+    rows = table("docs/audit.md", "Audit table")
     assert len(rows) >= 20
     for *details, names in rows:
-        assert len(details) == 4 and all(details)
+        assert len(details) == 5 and all(details)
+        assert re.search(r"\]\([\w./]+#[\w-]+\)", details[-1]), f"no link to a section: {details}"
         for name in re.findall(r"`([^`]+)`", names) or pytest.fail(f"no function: {details}"):
-            assert (ROOT / name).is_file() if "/" in name else hasattr(NE, name), name
+            assert (ROOT / name).is_file() if name.endswith(".py") else hasattr(NE, name), name
 
 
-def test_every_argument_that_the_readme_names_exists():
-    others = r"(tensorboard --logdir|ray start --head|python benchmark/).*"  # other programs' arguments
-    text = re.sub(others, "", README)
+def test_what_the_readmes_list_of_rules_and_the_list_of_names_name_exists():
+    rows = [row[1] for row in table("README.md", "Make your own method")]
+    rows += [row[0] for row in table("docs/algorithm.md", "11. Names")]
+    names = {name for row in rows for name in re.findall(r"`(\w+)[(`]", row)}
+    assert len(names) >= 12 and all(hasattr(NE, name) for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_argument_that_a_page_names_exists(page):
+    others = r"(tensorboard --logdir|ray start --head|ray start --address|pip install|uv run).*"  # other programs'
+    text = re.sub(others, "", TEXTS[page])
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])", text)}
     fields = {name for module in MODULES.values() for name in module.Args.__dataclass_fields__}
     known = fields | {f"no_{name}" for name in fields}
     for path in (ROOT / "benchmark").glob("*.py"):
         known |= {flag.replace("-", "_") for flag in re.findall(r'add_argument\(\s*"--([\w-]+)"', path.read_text())}
-    assert flags - known == {"help"}
+    assert flags - known <= {"help"}
 
 
-def test_the_readme_has_every_section_that_a_script_refers_to():
-    sections = set(re.findall(r"(?m)^### (\d+)\. ", README))
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_of_a_page_names_a_file_and_arguments_that_it_has(page):
+    for line in commands(TEXTS[page]):
+        for found in re.finditer(r"(?:python|uv run) ((?:\w+/)?\w+\.py)([^&;|]*)", line):
+            assert (ROOT / found[1]).is_file(), line
+            words = [word for word in found[2].replace("$seed", "1").split() if "$" not in word]
+            if Path(found[1]).stem in MODULES and "runs/RUN_FOLDER" not in words:
+                tyro.cli(MODULES[Path(found[1]).stem].Args, args=words)
+
+
+def anchors(text):
+    """What the headings of a page are linked by -> set."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", text)
+    words = [heading.lower() for heading in re.findall(r"(?m)^#+ (.+)$", text)]
+    return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page])
+    assert page == PAGES[0] or "README.md" in page.name or any("README.md" in link for link in links)
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}"
+
+
+def test_every_page_is_found_from_the_readme():
+    links = {(ROOT / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)\s]+)\)", README)}
+    assert set(PAGES[1:]) <= links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_is_at_most_120_columns_wide_but_for_its_tables_and_what_is_generated(page):
+    text = re.sub(r"(?ms)^<!-- report .*?^<!-- end report -->$", "", TEXTS[page])
+    assert not [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+def test_the_algorithm_has_every_section_and_all_that_a_script_refers_to():
+    sections = re.findall(r"(?m)^## (\d+)\. ", TEXTS[ROOT / "docs" / "algorithm.md"])
+    assert sections == [str(number) for number in range(1, 12)]
     for path in PATHS.values():
         for numbers in re.findall(r"\(sections? ([\d, and]+)\)", path.read_text()):
-            assert set(re.findall(r"\d+", numbers)) <= sections, path
+            assert set(re.findall(r"\d+", numbers)) <= set(sections), path
 
 
-def test_the_readme_names_every_script():
-    paths = [path for paths in FAMILIES.values() for path in paths]
+def test_the_pages_name_every_script():
+    paths = {path for paths in FAMILIES.values() for path in paths}
     assert sorted(row[0].strip("`") for row in METHODS) == sorted(paths)
+    assert {path for path in paths if "/" not in path} <= set(re.findall(r"`(\w+\.py)`", README))
 
 
-def test_the_readme_gives_the_length_of_each_methods_diff():
+def test_the_table_of_methods_gives_the_length_of_each_ones_diff():
     for path, *_, lines in METHODS:
         parent = next(paths[0] for paths in FAMILIES.values() if path.strip("`") in paths)
         texts = [(ROOT / name).read_text().splitlines() for name in (parent, path.strip("`"))]

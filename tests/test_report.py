@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from harness import ROOT, load_script
+from harness import ROOT, events, load_script
 from PIL import Image
 from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
@@ -149,13 +149,14 @@ def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_f
     assert f"more seeds on one task than on another, the first count: `{NE}`: 2." in sections["aggregate"]
     assert "SimbaV2" in sections["aggregate"] and "not checked against the paper" in sections["aggregate"]
 
-    # without an interval all runs count, also where a method has more of them on one task; a tie is half
+    # without an interval all runs count, also where a method has more of them on one task; a tie is half; one seed of
+    # each, as on Pendulum, says nothing
     shares = []
-    for task in (CHEETAH, HOPPER, "Pendulum-v1"):
+    for task in (CHEETAH, HOPPER):
         pairs = [(x, y) for x in returns[task, NE] for y in returns[task, TD3]]
         shares.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
     ((_, tasks, own, others, probability, interval),) = rows(sections["improvement"], f"`{TD3}`")
-    assert tasks == "HalfCheetah-v4, Hopper-v4, Pendulum-v1" and (own, others) == ("3 + 2 + 1", "2 + 2 + 1")
+    assert tasks == "HalfCheetah-v4, Hopper-v4" and (own, others) == ("3 + 2", "2 + 2")
     assert float(probability) == pytest.approx(np.mean(shares), abs=0.006)
     assert interval == "too few seeds"
 
@@ -219,6 +220,17 @@ def test_a_resumed_runs_event_files_are_one_curve_and_their_times_are_summed(tmp
     assert (run.steps, run.final_return) == (1000, 4)
     assert run.wall_clock_s == pytest.approx(4 + 4, abs=1e-3)
     assert run.steps_per_s == pytest.approx((400 + 400) / 8, abs=0.1)
+
+
+def test_what_a_resumed_run_has_made_void_does_not_count(tmp_path):
+    folder = write_run(tmp_path, CHEETAH, NE, 1, 0, logs={"eval/episodic_return": [(100, 1.0), (500, 2.0), (700, 9.0)]})
+    with SummaryWriter(folder, purge_step=601) as writer:  # it went on from step 600
+        for step, value in ((700, 3.0), (1000, 4.0)):
+            writer.add_scalar("eval/episodic_return", value, step, walltime=1000 + step / 100)
+    runs, curves = read(tmp_path)
+    assert curves[["step", "value"]].to_numpy().tolist() == [[100, 1], [500, 2], [700, 3], [1000, 4]]
+    assert events(folder)["eval/episodic_return"] == list(curves[["step", "value"]].itertuples(index=False, name=None))
+    assert runs["wall_clock_s"].tolist() == pytest.approx([4 + 3], abs=1e-3)
 
 
 def test_neuron_curves_are_means_over_the_networks_and_thinned_with_their_ends_kept(tmp_path):
@@ -316,7 +328,7 @@ def test_no_two_of_twenty_methods_are_drawn_alike_and_titles_fit_into_their_pict
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
     drawn = []
     monkeypatch.setattr(report.plt, "close", drawn.append)
-    for script, seeds in ((NE, 5), (TD3, 1)):  # so that the titles explain bands and thin lines
+    for script, seeds in ((NE, 5), (TD3, 2)):  # so that the titles explain bands and thin lines
         for seed in range(1, seeds + 1):
             write_run(tmp_path, CHEETAH, script, seed, 1000.0 * seed)
     read(tmp_path)
@@ -368,7 +380,8 @@ def test_interrupted_runs_are_no_result_even_where_none_has_ended(tmp_path, caps
         read(tmp_path)
     err = capsys.readouterr().err
     assert all(f"left out {run}: at step 400 of 1000; --unfinished takes it in" in err for run in short)
-    (short[1] / "model.pt").touch()  # ended, though the last steps were not logged
+    (short[1] / "models").mkdir()
+    (short[1] / "models" / "1000.pt").touch()  # ended, though the last steps were not logged
     assert read(tmp_path)[0]["seed"].tolist() == [2]
 
 
@@ -382,26 +395,67 @@ def test_another_projects_run_may_end_with_its_last_episode_shortly_before_the_l
     assert capsys.readouterr().err.startswith(f"left out {short}: ")
 
 
-def test_what_is_not_a_run_of_one_task_is_skipped_with_a_line_each(tmp_path, capsys):
+def test_what_cannot_be_used_is_skipped_with_a_line_each(tmp_path, capsys):
     write_run(tmp_path, CHEETAH, NE, 1, 10.0)
-    cycle = write_run(tmp_path, "a+b", "ne_td3_cycling", 1, 10.0, env_ids=["a", "b"])
     odd = tmp_path / "my_run"
     write_events(odd, {"eval/episodic_return": [(1000, 1.0)]})
     mute = write_run(tmp_path, CHEETAH, NE, 2, 10.0, logs={"losses/qf_loss": [(1000, 1.0)]})
     broken = tmp_path / f"{CHEETAH}__{NE}__3__1"
     broken.mkdir()
     (broken / "events.out.tfevents.1.x").write_bytes(b"this is no event file" * 100)
-    args = write_run(tmp_path, CHEETAH, NE, 4, 10.0)
-    (args / "args.json").write_text("{")
+    reasons = {odd: "its name is not", mute: "no charts/episodic_return", broken: "no scalars"}
+    for seed, content in enumerate(["{", "[1]", '{"seed": null}', '{"total_timesteps": "many"}', '{"env_ids": 3}'], 4):
+        folder = write_run(tmp_path, CHEETAH, NE, seed, 10.0)
+        (folder / "args.json").write_text(content)
+        reasons[folder] = "args.json cannot be read" if seed < 6 else ""
+    reasons[write_run(tmp_path, CHEETAH, TD3, 1, float("nan"))] = "a return at step 500 is not finite"
+    reasons[write_run(tmp_path / "job" / "runs", CHEETAH, TD3, 2, 10.0)] = "job.json cannot be read"
+    (tmp_path / "job" / "job.json").write_text("[")
     runs, _ = read(tmp_path)
-    assert runs["seed"].tolist() == [1]
+    assert runs[["method", "seed"]].to_numpy().tolist() == [[NE, 1]]
     lines = capsys.readouterr().err.splitlines()
-    reasons = {cycle: "a cycle", odd: "its name is not", mute: "no charts/episodic_return", broken: "no scalars"}
-    reasons[args] = "args.json cannot be read"
     assert len(lines) == len(reasons)
     for path, reason in reasons.items():
         (line,) = (line for line in lines if line.startswith(f"skipped {path}: "))
         assert reason in line
+
+
+def write_cycle(runs, script, seed, visits=4, **args):
+    """Writes a run of two cycles of two tasks with an evaluation in each half of a visit -> its folder."""
+    values = {"eval/episodic_return": [(step, float(seed * step)) for step in range(50, 100 * visits + 1, 50)]}
+    folder = write_run(runs, "a+b", script, seed, 0, logs=values, env_ids=["a", "b"], cycles=2, task_steps=100, **args)
+    table = [[100 * visit, "", "", 10.0 * visit, 5.0 * seed * visit] for visit in range(visits + 1)]
+    lines = [["step", "cycle", "task", "a", "b"], *table]
+    (folder / "cycle.csv").write_text("".join(f"{','.join(map(str, line))}\n" for line in lines))
+    return folder
+
+
+def test_runs_of_a_cycle_have_a_section_with_a_row_a_number_and_method_and_a_picture_a_method(tmp_path, capsys):
+    for script, seeds in (("td3_cycling", 1), ("ne_td3_cycling", 3)):
+        for seed in range(1, seeds + 1):
+            write_cycle(tmp_path, script, seed)
+    write_cycle(tmp_path, "ne_td3_cycling", 4, omega=0.1)
+    short = write_cycle(tmp_path, "ne_td3_cycling", 5, visits=3)
+    report.main([str(tmp_path)])
+    assert f"skipped {short}: 3 of 4 visits have ended" in capsys.readouterr().err
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "**a, b: 2 cycles with 100 steps a visit**" in text
+    methods = ["ne_td3_cycling", "ne_td3_cycling omega=0.1", "td3_cycling"]
+    final = rows(text, "final return")
+    assert [row[1] for row in final] == [f"`{method}`" for method in methods]
+    assert (
+        final[0][2:4] == ["3", ""] and final[0][4].startswith("30.0 (") and final[0][5].endswith(": 20.0, 40.0, 60.0")
+    )
+    pictures = {path.name for path in (tmp_path / "report").glob("cycle_*.png")}
+    assert len(pictures) == 3 and all(f"]({name})" in text for name in pictures)
+    write_run(tmp_path, CHEETAH, NE, 1, 10.0)  # beside other runs it says the same, and a copy too
+    report.main([str(tmp_path)])
+    report.main([str(tmp_path / "report"), "--out", str(tmp_path / "copy")])
+    section = text.split("## Cycles")[1].split("## Pictures")[0]
+    for folder in ("report", "copy"):
+        again = (tmp_path / folder / "report.md").read_text()
+        assert section in again and "## Returns" in again and "cycle_" in again
+        assert {path.name for path in (tmp_path / folder).glob("cycle_*.png")} == pictures
 
 
 def test_the_jobs_command_versions_machine_and_commit_stand_in_runs_csv(tmp_path):
@@ -447,7 +501,7 @@ def test_a_published_result_is_drawn_again_from_its_csv_files_alone_to_the_same_
             assert Image.open(again / name).text == {"Data": checksum}
             assert (again / name).stat().st_size < 150_000
             assert f"]({name})" in (again / "report.md").read_text()
-    assert report.tables(again)["returns"] in (again / "report.md").read_text()
+    assert report.draw(again)["returns"] in (again / "report.md").read_text()
     report.collect(tmp_path / "runs", other)
     for name in ("runs.csv", "curves.csv"):
         assert (other / name).read_bytes() == (drawn / name).read_bytes()
@@ -489,7 +543,10 @@ def test_the_improvement_is_nes_unvaried_or_of_the_method_asked_for(tmp_path):
     assert report.compute(*tables)[1]["of"] == NE
     sections, _ = report.compute(*tables, of="a_script")
     assert rows(sections["improvement"], f"`{NE}`")[0][4] == "0.00"
-    assert rows(sections["improvement"], f"`{NE} grow=False`")[0][2:5] == ["2", "1", "0.00"]
+    assert not rows(sections["improvement"], f"`{NE} grow=False`")
+    assert f"as no task has two seeds of both: `{NE} grow=False`." in sections["improvement"]
+    sections, numbers = report.compute(*tables, of=f"{NE} grow=False")
+    assert numbers["improvement"].empty and f"two seeds of both: `{NE}`, `a_script`." in sections["improvement"]
 
 
 def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
@@ -514,30 +571,26 @@ def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
         assert len(lines) == 1 and lines[0].startswith(line), lines
 
 
-def test_the_readmes_sections_are_replaced_by_those_of_the_published_csv_files(tmp_path):
+def test_the_pages_sections_are_replaced_by_those_of_the_published_csv_files(tmp_path):
     some_runs(tmp_path / "runs")
     results = tmp_path / "results"
     report.collect(tmp_path / "runs", results / "first")
-    readme = tmp_path / "README.md"
+    (results / "speed.csv").write_text('# the command\n# the machine\ntask,"steps/s, median"\nHopper-v4,10\n"a, b",\n')
+    pages = [tmp_path / "README.md", tmp_path / "other.md"]
     blocks = [f"<!-- report first {name} -->\n{{}}<!-- end report -->" for name in ("returns", "improvement")]
     text = f"# Title\n\n{blocks[0]}\n\nBetween, \\1 stays.\n\n{blocks[1]}\nEnd.\n"
-    readme.write_text(text.format("old | table\n", ""))
-    report.fill_readme(readme, results)
-    sections = report.tables(results / "first")
-    assert readme.read_text() == text.format(sections["returns"], sections["improvement"])
+    pages[0].write_text(text.format("old | table\n", ""))
+    pages[1].write_text("Before.\n<!-- table speed -->\nold\n<!-- end table -->\n" + blocks[1].format("old\n"))
+    report.fill_pages(pages, results)
+    sections = report.draw(results / "first")
+    assert pages[0].read_text() == text.format(sections["returns"], sections["improvement"])
     assert sections["returns"] in (results / "first" / "report.md").read_text()
-    before = readme.read_bytes()
-    report.fill_readme(readme, results)
-    assert readme.read_bytes() == before
-
-
-def test_a_csv_file_that_the_readme_names_stands_there_as_a_table(tmp_path):
-    (tmp_path / "speed.csv").write_text('# the command\n# the machine\ntask,"steps/s, median"\nHopper-v4,10\n"a, b",\n')
-    readme = tmp_path / "README.md"
-    readme.write_text("Before.\n<!-- table speed -->\nold\n<!-- end table -->\nAfter.\n")
-    report.fill_readme(readme, tmp_path)
     table = "| task | steps/s, median |\n|---|---|\n| Hopper-v4 | 10 |\n| a, b |  |\n"
-    assert readme.read_text() == f"Before.\n<!-- table speed -->\n{table}<!-- end table -->\nAfter.\n"
+    other = f"Before.\n<!-- table speed -->\n{table}<!-- end table -->\n" + blocks[1].format(sections["improvement"])
+    assert pages[1].read_text() == other
+    before = [page.read_bytes() for page in pages]
+    report.fill_pages(pages, results)
+    assert [page.read_bytes() for page in pages] == before
 
 
 @pytest.mark.parametrize(
@@ -547,14 +600,19 @@ def test_a_csv_file_that_the_readme_names_stands_there_as_a_table(tmp_path):
         ("<!-- report nothing returns -->\nold\n<!-- end report -->", "no folder"),
         ("<!-- report first gains -->\nold\n<!-- end report -->", "there is returns, aggregate, improvement"),
         ("<!-- report first returns -->\nold\n", "without its <!-- end report -->"),
+        ("<!-- table a -->\n<!-- table b -->\n<!-- end table -->", "without its <!-- end table -->"),
     ],
 )
-def test_a_readme_that_shows_what_is_not_there_is_left_as_it_is(tmp_path, capsys, text, line):
+def test_pages_that_show_what_is_not_there_are_left_as_they_are(tmp_path, capsys, text, line):
     write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
     report.collect(tmp_path / "runs", tmp_path / "results" / "first")
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+    pages, good = (
+        [tmp_path / "first.md", tmp_path / "second.md"],
+        "<!-- report first returns -->\n<!-- end report -->\n",
+    )
+    for page, content in zip(pages, (good, text), strict=True):
+        page.write_text(content)
     with pytest.raises(SystemExit) as ended:
-        report.fill_readme(readme, tmp_path / "results")
-    assert ended.value.code == 2 and readme.read_text() == text
+        report.fill_pages(pages, tmp_path / "results")
+    assert ended.value.code == 2 and [page.read_text() for page in pages] == [good, text]
     assert line in capsys.readouterr().err

@@ -237,13 +237,15 @@ class Recording:
 
     batches: of each batch that is learned from, the share of the buffer, the numbers of its oldest transition and of
     its next one, and the numbers drawn; draws: the u of each decision to review; counts: at each count of dormant
-    neurons, how many batches came before, what the gate was told, its threshold, and what this recording counts.
+    neurons, how many batches came before, what the gate was told, its threshold, and what this recording counts;
+    looks: sizes of all other batches.
     """
 
     def __init__(self, script, monkeypatch, decide=None, silent=(0, 0), **changes):
-        module, self.batches, self.counts, self.draws, networks, last = SCRIPTS[script], [], [], [], {}, []
+        module, self.batches, self.counts, self.draws, self.looks = SCRIPTS[script], [], [], [], []
         changes = {"total_timesteps": 300, "learning_starts": 60, "neuron_interval": 20, "buffer_size": 100} | changes
         self.args, deepcopy, recording = short_args(script, **changes), copy.deepcopy, self
+        networks, last = {}, []
 
         class Buffer(module.ReplayBuffer):
             def add(self, obs, actions, reward, next_obs, terminated):
@@ -254,6 +256,8 @@ class Recording:
                 batch, span = super().sample(*given, **named), (self.added - len(self), self.added)
                 if call.arguments["batch_size"] == recording.args.batch_size:
                     recording.batches.append((call.arguments.get("oldest", 1.0), span, batch.reward.long().tolist()))
+                else:
+                    recording.looks.append(len(batch.obs))
                 last[:] = [batch, set(range(*span))]
                 return batch
 
@@ -310,7 +314,7 @@ def test_reviewing_batches_come_from_the_oldest_share_of_the_buffer(script, olde
     assert any(newest)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dormant_tau": 0.0}, {"dormant_tau": 0.5, "review_floor": 0.9}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"dormant_tau": 0.0}, {"dormant_tau": 0.5, "review_floor": 0.95}], ids=str)
 @pytest.mark.parametrize("script", REVIEWED)
 def test_dormant_neurons_of_both_critics_are_counted_at_each_interval(script, changes, monkeypatch):
     changes = changes | {"prune": False, "grow": False, "hidden_dim": 24}
@@ -339,8 +343,9 @@ def test_without_review_every_batch_is_uniform(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", REVIEWED)
-def test_what_pruning_growth_and_review_draw_leaves_the_draws_of_td3_as_they_are(script, monkeypatch):
-    ne = Recording(script, monkeypatch, decide=lambda u: False, growth_criterion="random", growth_interval=20)
+def test_what_looks_events_and_review_draw_leaves_the_draws_of_td3_as_they_are(script, monkeypatch):
+    ne = Recording(script, monkeypatch, decide=lambda u: False, growth_criterion="random", growth_interval=30)
     assert len(ne.draws) == 240 and len(ne.counts) == 12
-    td3 = Recording("td3_continuous", monkeypatch)
-    assert td3.batches == ne.batches and len(td3.batches) == 240
+    assert ne.looks == [2048] * (12 + 12 + 8 + 8)  # the neurons, the gate, and two batches of an event
+    td3 = Recording("td3_continuous", monkeypatch, neuron_interval=120)
+    assert td3.batches == ne.batches and len(td3.batches) == 240 and td3.looks == [2048, 2048]
