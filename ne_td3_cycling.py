@@ -504,8 +504,9 @@ def main(args):
         (folder / "args.json").write_text(text)
         lock.acquire()
     if args.capture_video:
-        videos, prefix = f"{folder}/videos", f"{'play' if play else 'run'}-{global_step}"
-        envs = [gym.wrappers.RecordVideo(e, videos, name_prefix=f"{prefix}-{i}-{names[i]}") for i, e in enumerate(envs)]
+        name, every = ("play", lambda episode: True) if play else ("run", None)
+        record, files = gym.wrappers.RecordVideo, [f"{name}-{global_step}-{i}-{names[i]}" for i in range(len(envs))]
+        envs = [record(e, f"{folder}/videos", every, name_prefix=n) for e, n in zip(envs, files, strict=True)]
     if play:
         for env_id, env in zip(args.env_ids, envs, strict=True):
             set_bounds_(actor, env.action_space)

@@ -269,8 +269,8 @@ def main(args):
         (folder / "args.json").write_text(text)
         lock.acquire()
     if args.capture_video:
-        name = f"{'play' if play else 'run'}-{global_step}"
-        env = gym.wrappers.RecordVideo(env, f"{folder}/videos", name_prefix=name)
+        name, every = ("play", lambda episode: True) if play else ("run", None)
+        env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
     if play:
         returns = evaluate(actor, env, args.eval_episodes, args.seed)
         env.close()

@@ -287,6 +287,8 @@ def start_ray(args):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # as fast as a run that is started by hand
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if sys.platform == "linux":  # where a run heeds the end of its worker by itself, with a checkpoint
+        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
     if args.address not in (None, "auto"):  # Ray itself would try for a quarter of an hour
         host, _, port = args.address.removeprefix("ray://").rpartition(":")
         try:

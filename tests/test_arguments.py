@@ -70,7 +70,8 @@ def pairs(table):
 @with_all
 def test_every_argument_has_a_case_here(script):
     fields = set(harness.SCRIPTS[script].Args.__dataclass_fields__)
-    assert fields - (CHANGES_THE_NETWORKS.keys() | CHANGES_THE_LOGS.keys() | OTHERS) == OWN.get(script, {}).keys()
+    own = OWN.get(script, {}).keys()
+    assert own <= fields <= CHANGES_THE_NETWORKS.keys() | CHANGES_THE_LOGS.keys() | OTHERS | own
 
 
 @pytest.mark.parametrize("script, name", pairs(CHANGES_THE_NETWORKS))

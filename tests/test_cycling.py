@@ -1,5 +1,6 @@
 """A cycle of tasks: padding, switches, what goes on across them, and what is shown of them."""
 
+import contextlib
 import csv
 import gc
 import itertools
@@ -46,6 +47,22 @@ def train(script, **changes):
     """A short run of a cycle -> (folder, weights, log)."""
     folder = CYCLING[script].main(harness.short_args(script, **CYCLE | changes))
     return folder, harness.weights(folder), harness.events(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """As `train`, but each run is made once, for tests that only look at it."""
+    runs = {}
+
+    def get(script, **changes):
+        key = script, *sorted(changes.items())
+        if key not in runs:
+            with contextlib.chdir(tmp_path_factory.mktemp("trained")):
+                folder, *rest = train(script, **changes)
+                runs[key] = folder.absolute(), *rest
+        return runs[key]
+
+    return get
 
 
 def rows(folder):
@@ -148,8 +165,8 @@ def test_the_end_of_a_visit_cuts_the_episode_off_and_the_next_task_starts_afresh
         assert follows == (number % length != 0)
 
 
-def test_an_episode_that_is_cut_off_is_logged_with_its_length():
-    log = train("td3_cycling")[2]
+def test_an_episode_that_is_cut_off_is_logged_with_its_length(trained):
+    log = trained("td3_cycling")[2]
     ends = [50, 100, 150, 200, 270, 340, 400, 450, 500, 550, 600, 670, 740, 800]
     assert [step for step, _ in log["charts/episodic_return"]] == ends
     assert [length for _, length in log["charts/episodic_length"]] == np.diff([0, *ends]).tolist()
@@ -190,7 +207,8 @@ def test_everything_but_the_buffer_goes_on_across_a_switch(script, monkeypatch):
     def replaced(source, target):
         replace(source, target)
         if Path(target).name == "checkpoint.pt":
-            states[(state := harness.saved(target))["step"]] = state
+            state = harness.saved(target)
+            states[state["step"]] = state
 
     monkeypatch.setattr(os, "replace", replaced)
     train(script, checkpoint_interval=1, neuron_interval=20)  # a checkpoint at each end of an episode
@@ -248,7 +266,7 @@ def test_dormancy_is_looked_at_every_so_many_gradient_steps_of_the_run():
 # ===== Evaluation and what is written =====
 
 
-def test_a_visit_is_evaluated_by_its_own_clock_and_at_its_end_on_all_tasks():
+def test_a_visit_is_evaluated_by_its_own_clock_and_at_its_end_on_all_tasks(trained):
     log = train("td3_cycling", eval_interval=90)[2]
     own = [200 * visit + step for visit in range(4) for step in (90, 180, 200)]
     assert [step for step, _ in log["eval/episodic_return"]] == own
@@ -259,20 +277,20 @@ def test_a_visit_is_evaluated_by_its_own_clock_and_at_its_end_on_all_tasks():
         for step, value in log["eval/episodic_return"]:
             if VISITS[(step - 1) // 200] == task:
                 assert logged[step] == value
-    only_ends = train("td3_cycling")[2]  # --eval-interval 0
+    only_ends = trained("td3_cycling")[2]  # --eval-interval 0
     assert [step for step, _ in only_ends["eval/episodic_return"]] == [200, 400, 600, 800]
 
 
-def test_the_cycle_is_logged_at_the_first_and_last_step_of_each_visit():
-    log = train("td3_cycling")[2]
+def test_the_cycle_is_logged_at_the_first_and_last_step_of_each_visit(trained):
+    log = trained("td3_cycling")[2]
     ends = [step for visit in range(4) for step in (200 * visit + 1, 200 * visit + 200)]
     assert log["cycle/task"] == list(zip(ends, [0, 0, 1, 1] * 2, strict=True))
     assert log["cycle/number"] == list(zip(ends, [1] * 4 + [2] * 4, strict=True))
 
 
 @with_some
-def test_evaluation_does_not_disturb_training(script):
-    _, without, silent = train(script)
+def test_evaluation_does_not_disturb_training(script, trained):
+    _, without, silent = trained(script)
     _, model, log = train(script, eval_interval=60, eval_episodes=3)
     assert harness.same(model, without)
     assert log["charts/episodic_return"] == silent["charts/episodic_return"]
@@ -336,12 +354,12 @@ def test_cycle_csv_has_a_row_for_a_random_policy_and_for_each_visit():
 
 
 def test_each_task_of_a_cycle_has_its_own_videos():
-    tasks = ("Pendulum-v1", "MountainCarContinuous-v0")
-    folder, *_ = train("td3_cycling", env_ids=tasks, cycles=1, eval_episodes=1, capture_video=True, hidden_dim=8)
+    cycle = {"env_ids": ("Pendulum-v1",) * 2, "cycles": 1, "task_steps": 100}
+    folder, *_ = train("td3_cycling", **cycle, eval_episodes=1, capture_video=True)
     TD3.main(TD3.Args(evaluate=str(folder), eval_episodes=1, capture_video=True))
     names = {path.name for path in (folder / "videos").glob("*.mp4")}
-    for task in ("0-Pendulum-v1", "1-MountainCarContinuous-v0"):
-        assert {f"run-0-{task}-episode-0.mp4", f"play-400-{task}-episode-0.mp4"} <= names
+    starts = {f"run-0-{task}-Pendulum" for task in (0, 1)} | {f"play-200-{task}-Pendulum" for task in (0, 1)}
+    assert names == {f"{start}-v1-episode-0.mp4" for start in starts}
 
 
 # ===== What a run shows =====
@@ -468,9 +486,9 @@ def test_resets_come_every_interval_of_the_run_and_at_switches_if_asked_for(inte
     assert log.get("reset/number", []) == [(step, number) for number, step in enumerate(sorted(expected), start=1)]
 
 
-def test_a_reset_at_a_switch_comes_after_the_evaluation_of_what_was_learned():
+def test_a_reset_at_a_switch_comes_after_the_evaluation_of_what_was_learned(trained):
     plain, reset = (
-        train(name, **c)[2] for name, c in (("td3_cycling", {}), ("reset_td3_cycling", {"reset_at_switch": True}))
+        trained(name, **c)[2] for name, c in (("td3_cycling", {}), ("reset_td3_cycling", {"reset_at_switch": True}))
     )
     for task in (LARGE, SMALL):
         tag = f"eval/{task}/episodic_return"
@@ -484,8 +502,8 @@ def test_injection_comes_half_way_through_the_whole_run_or_at_the_steps_given():
 
 
 @pytest.mark.parametrize("change", [{"env_ids": (SMALL, LARGE)}, {"cycles": 1}, {"task_steps": 150}], ids=str)
-def test_the_arguments_of_the_cycle_change_the_run(change):
-    assert not harness.same(train("td3_cycling", **change)[1], train("td3_cycling")[1])
+def test_the_arguments_of_the_cycle_change_the_run(change, trained):
+    assert not harness.same(train("td3_cycling", **change)[1], trained("td3_cycling")[1])
 
 
 # ===== Interruptions =====
@@ -530,7 +548,7 @@ def test_a_run_cut_off_and_resumed_is_the_same_to_the_bit(script, monkeypatch):
 def test_a_cycle_killed_before_and_after_a_switch_goes_on_as_if_nothing_had_happened(script):
     args = harness.short_args(script, **CYCLE, checkpoint_interval=100)
     whole, words = CYCLING[script].main(args).rename("whole"), harness.flags(args)
-    for step, delay in ((150, 0.1), (400, 0), (450, 0.2)):
+    for step, delay in ((100, 0.1), (400, 0), (500, 0.2)):
         process = test_resume.Fork(script, *words)
         test_resume.wait_for(process, f"runs/*/models/{step}.pt")
         time.sleep(delay)
@@ -539,26 +557,26 @@ def test_a_cycle_killed_before_and_after_a_switch_goes_on_as_if_nothing_had_happ
     assert_same_cycle(resumed(script, test_resume.the_folder()), whole)
 
 
-def test_a_signal_at_the_end_of_a_visit_ends_the_run_there(monkeypatch):
-    whole, *_ = train("ne_td3_cycling")
-    evaluate, evaluated = NE.evaluate, []
+def test_a_signal_at_the_end_of_a_visit_ends_the_run_there(trained, monkeypatch):
+    whole, *_ = trained("td3_cycling")
+    evaluate, evaluated = TD3.evaluate, []
 
     def counted(*args):
         evaluated.append(args)
         if len(evaluated) == 2 + 2 + 1:  # random, the end of the first visit, the end of the second one
-            NE.stop.append(15)
+            TD3.stop.append(15)
         return evaluate(*args)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit:
-        patched.setattr(NE, "evaluate", counted)
-        patched.setattr(NE, "stop", [])
-        NE.main(harness.short_args("ne_td3_cycling", **CYCLE))
+        patched.setattr(TD3, "evaluate", counted)
+        patched.setattr(TD3, "stop", [])
+        TD3.main(harness.short_args("td3_cycling", **CYCLE))
     assert exit.value.code == 128 + 15
-    (folder,) = (path for path in Path("runs").iterdir() if path.name != whole.name)
+    folder = test_resume.the_folder()
     assert harness.saved(folder / "checkpoint.pt")["step"] == 400 and len(rows(folder)) == 3
     del exit
     gc.collect()  # the run's lock
-    assert_same_cycle(resumed("ne_td3_cycling", folder), whole)
+    assert_same_cycle(resumed("td3_cycling", folder), whole)
 
 
 # ===== Bad input =====

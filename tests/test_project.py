@@ -154,8 +154,9 @@ def test_the_pages_results_are_what_the_report_draws_from_the_published_tables(t
     assert shown <= published == linked
     tables = {name for text in TEXTS.values() for name in re.findall(r"<!-- table (\S+) ", text)}
     assert tables == {path.stem for path in RESULTS.glob("*.csv")}
-    for name in published:
+    for name in published - shown:
         report.draw(again / name)
+    for name in published:
         assert {path.name for path in (RESULTS / name).iterdir()} == {path.name for path in (again / name).iterdir()}
         for path in (RESULTS / name).iterdir():
             assert same_file(path, again / name / path.name), f"{path}: run benchmark/report.py {RESULTS / name}"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -19,6 +20,7 @@ import harness
 import pytest
 import torch
 import toys
+from tqdm import tqdm
 
 # So that whatever a checkpoint holds matters to what comes after it: checkpoints at steps 300, 600 and 900, in gradient
 # steps 180, 480 and 780, stand in the midst of counting reviews, the first before the actor's loss is logged.
@@ -76,6 +78,7 @@ class Fork:
                 for number, name in ((1, "out.txt"), (2, "err.txt")):
                     os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+                tqdm.set_lock(threading.RLock())  # its own, which it may die with
                 sys.argv = harness.command(script, *words)[1:]
                 before()
                 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -501,10 +504,8 @@ def test_a_screen_that_is_gone_does_not_end_the_run_before_it_is_saved(script, t
         for number in (1, 2):
             os.dup2(writing, number)
         os.close(writing)
-        import tqdm
-
-        bar = tqdm.tqdm
-        tqdm.tqdm = lambda **options: bar(**options | {"mininterval": 0})  # at each step, not each second
+        # drawn at each step, not each second
+        sys.modules["tqdm"].tqdm = lambda **options: tqdm(**options | {"mininterval": 0})
         at_step(50, lambda: os.close(reading))
 
     words = harness.flags(harness.short_args(script, **SETTINGS))

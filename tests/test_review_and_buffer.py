@@ -238,7 +238,7 @@ class Recording:
     batches: of each batch that is learned from, the share of the buffer, the numbers of its oldest transition and of
     its next one, and the numbers drawn; draws: the u of each decision to review; counts: at each count of dormant
     neurons, how many batches came before, what the gate was told, its threshold, and what this recording counts;
-    looks: sizes of all other batches.
+    looks: of all other batches the size and the generator.
     """
 
     def __init__(self, script, monkeypatch, decide=None, silent=(0, 0), **changes):
@@ -257,7 +257,7 @@ class Recording:
                 if call.arguments["batch_size"] == recording.args.batch_size:
                     recording.batches.append((call.arguments.get("oldest", 1.0), span, batch.reward.long().tolist()))
                 else:
-                    recording.looks.append(len(batch.obs))
+                    recording.looks.append((len(batch.obs), call.arguments["generator"]))
                 last[:] = [batch, set(range(*span))]
                 return batch
 
@@ -346,6 +346,8 @@ def test_without_review_every_batch_is_uniform(script, monkeypatch):
 def test_what_looks_events_and_review_draw_leaves_the_draws_of_td3_as_they_are(script, monkeypatch):
     ne = Recording(script, monkeypatch, decide=lambda u: False, growth_criterion="random", growth_interval=30)
     assert len(ne.draws) == 240 and len(ne.counts) == 12
-    assert ne.looks == [2048] * (12 + 12 + 8 + 8)  # the neurons, the gate, and two batches of an event
+    drawn = [generator for size, generator in ne.looks if size == 2048]
+    assert len(ne.looks) == len(drawn) == 12 + 12 + 8 + 8  # the neurons, the gate, and two batches of an event
+    assert sorted(drawn.count(generator) for generator in set(drawn)) == [12, 28]  # looks at neurons disturb nothing
     td3 = Recording("td3_continuous", monkeypatch, neuron_interval=120)
-    assert td3.batches == ne.batches and len(td3.batches) == 240 and td3.looks == [2048, 2048]
+    assert td3.batches == ne.batches and len(td3.batches) == 240 and len(td3.looks) == 2

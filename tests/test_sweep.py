@@ -215,6 +215,7 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_numbers():
     assert job["versions"]["torch"] == harness.torch.__version__ and job["machine"]
 
 
+@pytest.mark.slow
 def test_when_a_node_dies_its_run_goes_on_on_another_with_the_same_numbers():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -246,13 +247,22 @@ def test_a_run_that_fails_is_not_tried_again_while_one_whose_process_or_worker_i
         assert_undisturbed(script)
 
 
-@pytest.mark.parametrize(("number", "sigint"), [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)])
-def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, sigint):
+@pytest.mark.parametrize(
+    ("number", "to_all", "sigint"),
+    [
+        (signal.SIGINT, False, signal.SIG_DFL),
+        (signal.SIGTERM, False, signal.SIG_IGN),
+        (signal.SIGTERM, True, signal.SIG_DFL),  # as systemd does, to Ray's processes and the runs too
+    ],
+)
+def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, to_all, sigint):
     long = ["--total-timesteps", "1000000"]  # not finished before the signal, however fast the machine
     process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0", *long], sigint=sigint)
     until(lambda: list(Path("runs").glob("*/runs/*/checkpoint.pt")), process)
     assert begun() == 0
-    process.send_signal(number)
+    below = psutil.Process(process.pid).children(recursive=True) if to_all else []
+    for told in [process, *below]:
+        told.send_signal(number)
     assert process.wait(200) == 128 + number and "the same command goes on" in Path("out.txt").read_text()
     assert begun() == 1 and not training()
 
