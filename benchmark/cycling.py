@@ -3,8 +3,10 @@
     python benchmark/cycling.py runs/*__ne_td3_cycling__*
 
 reads each run's cycle.csv and event log, draws its cycle.png, and prints the numbers of all of them as one method's, a
-seed each. R(v, i): the evaluation on task i after visit v; random(i): the return of a random policy; gain(i): the
-highest evaluation on task i in the run, minus random(i). All is undefined (nan) where gain(i) is not above 0.
+seed each; of several runs it draws runs/ne_td3_cycling.png too.
+
+R(v, i): the evaluation on task i after visit v; random(i): the return of a random policy; gain(i): the highest
+evaluation on task i in the run, minus random(i). Relearning and retention are undefined where gain(i) is not above 0.
 
 - relearning: (area of a later visit - area of the task's first visit) / gain(i); an area is the mean height of the
   visit's evaluation curve, by trapezoids from its first evaluation to its last.
@@ -118,13 +120,16 @@ def table(methods):
         method: [numbers(run) for run in sorted(runs, key=lambda run: run["seed"])] for method, runs in methods.items()
     }
     for name in ("relearning", "final return", "retention"):
-        show = "{:.1f}".format if name == "final return" else "{:+.2f}".format
+
+        def show(value, form=".1f" if name == "final return" else "+.2f"):
+            return f"{value:{form}}" if np.isfinite(value) else "undefined"
+
         for method, of_run in of_runs.items():
             values, cells = np.stack([of[name] for of in of_run]), []
             for column, (middle, low, high) in zip(values.T, interval(values).T, strict=True):
                 between = f" ({show(low)} to {show(high)})" if np.isfinite(low) else ""
-                each = f": {', '.join(map(show, column))}" if len(column) > 1 else ""
-                cells.append(f"{show(middle)}{between}{each}" if np.isfinite(middle) else "undefined")
+                each = f": {', '.join(map(show, column))}" if len(column) > 1 and np.isfinite(middle) else ""
+                cells.append(show(middle) + between + each)
             cells[0] = "" if name == "final return" else cells[0]
             rows.append([name, method, len(of_run), *cells])
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
@@ -190,19 +195,19 @@ def draw(path, runs):
 
 def main(folders):
     runs = []
-    for folder in folders:
+    for folder in map(Path, folders):
         try:
             runs.append(read(folder))
-            draw(Path(folder) / "cycle.png", runs[-1:])
+            draw(folder / "cycle.png", runs[-1:])
             numbers(runs[-1])
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"error: {folder} is not a finished run of a cycle: {error}")
-    if any(
-        (run["tasks"], run["task_steps"], run["cycles"]) != (runs[0]["tasks"], runs[0]["task_steps"], runs[0]["cycles"])
-        for run in runs
-    ):
-        sys.exit("error: these runs are not of one cycle")
-    print(table({Path(folders[0]).resolve().name.split("__")[1]: runs}), end="")
+    if len({(*run["tasks"], run["task_steps"], run["cycles"]) for run in runs}) != 1:
+        sys.exit("error: give the folders of one or more runs of the same cycle")
+    method = folder.resolve().name.split("__")[1]
+    if len(runs) > 1:
+        draw(folder.parent / f"{method}.png", runs)
+    print(table({method: runs}), end="")
 
 
 if __name__ == "__main__":
