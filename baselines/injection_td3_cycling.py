@@ -112,7 +112,8 @@ def make_env(env_id, **options):
     except Exception as error:
         fail(f"--env-ids {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
     env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.DtypeObservation(env, np.float32))
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # copied
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def pad(env, obs_dim, action_dim):
@@ -309,7 +310,9 @@ def main(args):
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
-            fail(f"--{'evaluate' if play else 'resume'} {folder}: damaged, or in use by another process, or {error}")
+            fail(
+                f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, or used by another process, or {error}"
+            )
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     torch.set_num_threads(args.torch_threads)

@@ -95,25 +95,34 @@ def without_docstring(text):
     return "\n".join(text.splitlines()[first.end_lineno :])
 
 
-def without_fences(text):
-    """The lines that are not between a fence and its end; inside it, a further one of the same name is a heading."""
-    kept, inside = [], None
+def fences(text):
+    """The names of a script's fences -> set."""
+    return {found[1] for line in text.splitlines() if (found := FENCE.match(line))}
+
+
+def without_fences(text, kept=()):
+    """The lines that are not between a fence and its end, but for fences named in `kept`, in which others may stand.
+
+    Inside a fence a further one of the same name is a heading.
+    """
+    lines, inside = [], []
     for line in text.splitlines():
-        if opening := FENCE.match(line):
-            assert inside in (None, opening[1]), f"a fence opens inside a fence: {line}"
-            inside = opening[1]
-        elif closing := FENCE_END.match(line):
-            assert inside == closing[1], f"a fence closes that is not open: {line}"
-            inside = None
-        elif inside is None:
-            kept.append(line)
-    assert inside is None, f"the fence {inside} stays open"
-    return "\n".join(kept)
+        opening, closing = FENCE.match(line), FENCE_END.match(line)
+        if opening and opening[1] not in inside[-1:]:
+            assert not inside or inside[-1] in kept, f"a fence opens inside a fence: {line}"
+            inside.append(opening[1])
+        if set(inside) <= set(kept):
+            lines.append(line)
+        if closing:
+            assert inside[-1:] == [closing[1]], f"a fence closes that is not open: {line}"
+            inside.pop()
+    assert not inside, f"the fence {inside} stays open"
+    return "\n".join(lines)
 
 
-def as_parent(body, changes=()):
-    """What a script's body would be without its method, blank lines left out -> list of lines."""
-    body = without_fences(body)
+def as_parent(body, changes=(), kept=()):
+    """A script's body without its method and without blank lines -> list of lines; kept: its parent's fences."""
+    body = without_fences(body, kept)
     for own, parents, _ in changes:
         body = body.replace(own, parents)
     return [line for line in body.splitlines() if line.strip()]
@@ -126,7 +135,8 @@ def bodies(child, parent):
 @pytest.mark.parametrize(("child", "parent"), CHILDREN)
 def test_a_script_without_its_fenced_lines_is_its_parent(child, parent):
     body, parents = bodies(child, parent)
-    own, parents = as_parent(body, intended(child, parent)), as_parent(parents)
+    kept = fences(parents)
+    own, parents = as_parent(body, intended(child, parent), kept), as_parent(parents, kept=kept)
     for number, (mine, theirs) in enumerate(zip(own, parents, strict=False)):
         assert mine == theirs, f"{child} departs from {parent} at its {number + 1}th common line"
     assert len(own) == len(parents)
@@ -135,22 +145,24 @@ def test_a_script_without_its_fenced_lines_is_its_parent(child, parent):
 @pytest.mark.parametrize(("child", "parent"), CHILDREN)
 def test_a_change_of_one_character_in_either_copy_is_found(child, parent):
     body, parents = bodies(child, parent)
-    common, changes = as_parent(parents), intended(child, parent)
+    kept = fences(parents)
+    common, changes = as_parent(parents, kept=kept), intended(child, parent)
     for text, of_method in ((body, changes), (parents, [])):
         lines, fenced, tried = text.splitlines(), False, 0
         for number, line in enumerate(lines):
-            if FENCE.match(line) or FENCE_END.match(line):
-                fenced = not FENCE_END.match(line)
+            if found := FENCE.match(line) or FENCE_END.match(line):
+                fenced = not FENCE_END.match(line) and found[1] not in kept
             elif line.strip() and not fenced:
                 tried += 1
                 changed = "\n".join([*lines[:number], line + "#", *lines[number + 1 :]])
-                assert as_parent(changed, of_method) != common, line
-        assert tried >= len(common)
+                assert as_parent(changed, of_method, kept) != common, line
+        assert tried >= len([line for line in common if not FENCE.match(line) and not FENCE_END.match(line)])
 
 
 @pytest.mark.parametrize(("child", "parent"), CHILDREN)
 def test_every_intended_difference_is_still_there(child, parent):
-    body, parents = map(without_fences, bodies(child, parent))
+    kept = fences((ROOT / parent).read_text())
+    body, parents = (without_fences(text, kept) for text in bodies(child, parent))
     for own, _, reason in intended(child, parent):
         assert reason and own in body and own not in parents, own
 
@@ -163,6 +175,8 @@ def test_every_intended_difference_is_needed_by_a_script():
 def test_a_fence_must_close_and_may_have_headings():
     fence, heading, end = "# --- NE: one ---", "    # --- NE: two ---", "# --- end NE ---"
     assert without_fences("\n".join(["a", fence, "b", heading, "c", end, "d"])) == "a\nd"
+    inner = ["# --- Mine: three ---", "e", "# --- end Mine ---"]  # in a variant of NE, between the lines of NE
+    assert without_fences("\n".join([fence, "b", *inner, "c", end]), {"NE"}) == "\n".join([fence, "b", "c", end])
     for wrong in (
         [fence, "# --- Reset: two ---", end],
         [fence],
@@ -291,7 +305,7 @@ def test_a_baseline_is_as_long_as_its_parent_and_its_own_lines(child, parent):
     texts = [(ROOT / path).read_text() for path in (child, parent)]
     lines, docs = [len(text.splitlines()) for text in texts], [ast.parse(text).body[0].end_lineno for text in texts]
     assert docs[0] <= DOCSTRING
-    fenced = lines[0] - docs[0] - len(without_fences(without_docstring(texts[0])).splitlines())
+    fenced = lines[0] - docs[0] - len(without_fences(without_docstring(texts[0]), fences(texts[1])).splitlines())
     changed = sum(own.count("\n") - theirs.count("\n") for own, theirs, _ in intended(child, parent))
     assert lines[0] - docs[0] <= lines[1] - docs[1] + fenced + changed
 
