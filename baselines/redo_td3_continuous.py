@@ -235,9 +235,7 @@ def main(args):
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
-            fail(
-                f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, or used by another process, or {error}"
-            )
+            fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
     if args.capture_video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     torch.set_num_threads(args.torch_threads)
