@@ -288,6 +288,7 @@ def main(args):
     def check_finite(what, *values):
         """Ends the run where a tensor, an array or a number is not finite; its last checkpoint stays."""
         if not all(torch.as_tensor(value).isfinite().all() for value in values):
+            bar.close()
             fail(f"step {global_step}: {what} is not finite; stopped, the last checkpoint in {folder} is good", 1)
 
     def save_run():
@@ -317,8 +318,9 @@ def main(args):
             action = actor(torch.from_numpy(obs).to(device)[None])[0].detach()
             action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
         action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
+        check_finite("an observation or an action", obs, action)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        check_finite("an observation, an action or a reward", obs, action, reward, next_obs)
+        check_finite("an observation or a reward", next_obs, reward)
         rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
         obs, done = next_obs, terminated or truncated
 

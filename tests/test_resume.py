@@ -20,6 +20,7 @@ import harness
 import pytest
 import torch
 import toys
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # So that whatever a checkpoint holds matters to what comes after it: checkpoints at steps 300, 600 and 900, in gradient
@@ -191,6 +192,26 @@ def resume_here(script, folder):
     return folder
 
 
+class LateWriter(SummaryWriter):
+    """Writes when it must, no sooner, as a slow disk may."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.waiting = []
+
+    def add_scalar(self, *scalar):
+        self.waiting.append(scalar)
+
+    def flush(self):
+        while self.waiting:
+            super().add_scalar(*self.waiting.pop(0))
+        super().flush()
+
+    def close(self):
+        self.flush()
+        super().close()
+
+
 _whole = {}
 
 
@@ -210,6 +231,7 @@ def uninterrupted(script, tmp_path_factory, **changes):
 
         with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", replaced)
+            patch.setattr(harness.SCRIPTS[script], "SummaryWriter", LateWriter)
             folder = harness.SCRIPTS[script].main(harness.short_args(script, **SETTINGS | changes))
         _whole[key] = place / folder
     return _whole[key]
