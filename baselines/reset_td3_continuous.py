@@ -219,7 +219,7 @@ def main(args):
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=args.resume, evaluate=play, **own), "a run goes on with its own arguments"
+            assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
             args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
