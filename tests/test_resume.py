@@ -330,6 +330,14 @@ def test_the_checkpoints_that_are_resumed_are_in_the_midst_of_everything(tmp_pat
     assert late["gate"]["reviewed"] > 0 and late["gate"]["threshold"] < 1
 
 
+@with_all
+def test_a_run_with_a_replay_ratio_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):
+    settings = {"replay_ratio": 2, "total_timesteps": 450, "checkpoint_interval": 200, "policy_frequency": 35}
+    settings["rigl_interval"] = 70
+    folder = killed_after(script, 200, tmp_path_factory, **settings)
+    assert_same_run(resume_here(script, folder), uninterrupted(script, tmp_path_factory, **settings))
+
+
 @pytest.mark.slow
 @with_all
 def test_a_run_whose_buffer_has_wrapped_goes_on_as_if_nothing_had_happened(script, tmp_path_factory):

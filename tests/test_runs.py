@@ -311,6 +311,9 @@ def test_the_first_weights_that_are_kept_are_those_before_any_learning(script):
         for net in NETS:
             masks = [first[net][f"fc{layer}.mask"] for layer in (1, 2, 3)]
             assert sum(int(mask.sum()) for mask in masks) == pytest.approx(0.25 * sum(m.numel() for m in masks), abs=3)
+        for net, state in harness.saved(known(script, dense_ends=True)[0] / "models/0.pt").items():
+            densities = [float(state[f"fc{layer}.mask"].float().mean()) for layer in (1, 2, 3)]
+            assert densities == [1, 0.25, 1], net
 
 
 # ===== What is stored =====
