@@ -2,7 +2,8 @@ import pytest
 from harness import SCRIPTS
 
 # The scripts whose shared tests run each time. The shared code of the other ones is the same to the letter, which
-# test_drift.py checks each time; what is their own, test_methods.py does. All of the rest is marked slow.
+# test_drift.py checks each time; what is their own, these files do. All of the rest is marked slow.
+METHODS = {"test_methods.py", "test_more_methods.py"}
 ALWAYS = {"td3_continuous", "ne_td3_continuous"}
 
 
@@ -10,7 +11,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else []
         others = [value for value in values if isinstance(value, str) and value in SCRIPTS and value not in ALWAYS]
-        if others and item.path.name != "test_methods.py":
+        if others and item.path.name not in METHODS:
             item.add_marker(pytest.mark.slow)
 
 

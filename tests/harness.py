@@ -12,7 +12,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each family's scripts by name; the first is the parent of the family's other ones.
+# The methods that test_more_methods.py tests, each a diff of plain TD3 (ne_layer_norm: of NE)
+MORE = ["weight_decay", "leaky_relu", "spectral_norm", "l2_init", "crelu", "nap", "hare_tortoise", "shrink_perturb"]
+MORE = [f"{name}_td3_continuous" for name in [*MORE, "two_hot", "regrama", "ne_layer_norm"]]
+
+# Each family's scripts by name; the first is the parent of the family's other ones, but of those in PARENTS.
 FAMILIES = {
     "continuous": [
         "baselines/td3_continuous.py",
@@ -23,6 +27,7 @@ FAMILIES = {
         "baselines/layer_norm_td3_continuous.py",
         "baselines/static_sparse_td3_continuous.py",
         "baselines/rigl_td3_continuous.py",
+        *(f"baselines/{name}.py" for name in MORE),
     ],
     "cycling": [
         "baselines/td3_cycling.py",
@@ -41,6 +46,7 @@ FAMILIES = {
         "baselines/layer_norm_drq_pixels.py",
     ],
 }
+PARENTS = {"baselines/ne_layer_norm_td3_continuous.py": "ne_td3_continuous.py"}
 PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
 
 

@@ -11,10 +11,10 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from harness import CYCLING, FAMILIES, MODULES, PATHS, PIXELS, ROOT, SCRIPTS
+from harness import CYCLING, FAMILIES, MODULES, PARENTS, PATHS, PIXELS, ROOT, SCRIPTS
 
-FENCE = re.compile(r"\s*# --- (?!end )(\w[\w ]*): .+ ---$")
-FENCE_END = re.compile(r"\s*# --- end (\w[\w ]*) ---$")
+FENCE = re.compile(r"\s*# --- (?!end )(\w[\w &-]*): .+ ---$")
+FENCE_END = re.compile(r"\s*# --- end (\w[\w &-]*) ---$")
 
 # What a method changes outside its fences, in each family whose parent says so: (own words, the parent's, why)
 MATH = "import json\nimport math\nimport os", "import json\nimport os", "for a cosine"
@@ -49,11 +49,51 @@ CHANGES = {
         ("(self.norm2(self.fc2(h1)))", "(self.fc2(h1))", "as above"),
     ],
 }
-CHILDREN = [(child, paths[0]) for paths in FAMILIES.values() for child in paths[1:]]
+CHANGES |= {
+    "weight_decay": [
+        ("torch.optim.AdamW(", "torch.optim.Adam(", "decoupled weight decay"),
+        (", **settings)", ", lr=args.learning_rate, fused=True)", "as above"),
+    ],
+    "leaky_relu": [
+        (
+            "F.leaky_relu_(self.fc1(torch.cat(inputs, 1)), self.slope)",
+            "F.relu_(self.fc1(torch.cat(inputs, 1)))",
+            "slope",
+        ),
+        ("F.leaky_relu_(self.fc2(h1), self.slope)", "F.relu_(self.fc2(h1))", "as above"),
+    ],
+    "spectral_norm": [("(qf.train()(batch.obs", "(qf(batch.obs", "a power iteration")],
+    "l2_init": [],
+    "crelu": [
+        ("nn.Linear(2 * hidden_dim", "nn.Linear(hidden_dim", "a layer sees two values of each unit before it"),
+        ("crelu(self", "F.relu_(self", "the activation"),
+        ("[batch, 2 * its units]", "[batch, hidden_dim]", "as above"),
+    ],
+    "nap": CHANGES["layer_norm"],
+    "hare_tortoise": [],
+    "shrink_perturb": [],
+    "two_hot": [
+        (
+            "(TwoHotCritic(obs_dim + len(low), args.hidden_dim, *bins)",
+            "(MLP(obs_dim + len(low), args.hidden_dim, 1)",
+            "bins",
+        ),
+        (
+            "= qf1.value(qf1_logits), qf2.value(qf2_logits)",
+            "= (qf(batch.obs, batch.actions).squeeze(1) for qf in (qf1, qf2))",
+            "the values of the logits that the loss needs",
+        ),
+        ("qf1.loss(qf1_logits, ", "F.mse_loss(qf1_values, ", "cross-entropy"),
+        ("qf2.loss(qf2_logits, ", "F.mse_loss(qf2_values, ", "cross-entropy"),
+    ],
+    "regrama": [],
+    "ne_layer_norm": CHANGES["layer_norm"],
+}
+CHILDREN = [(child, PARENTS.get(child, paths[0])) for paths in FAMILIES.values() for child in paths[1:]]
 
 
 def method(child, parent):
-    return Path(child).stem.removesuffix("_" + Path(parent).stem)
+    return Path(child).stem.removesuffix("_" + Path(parent).stem.removeprefix("ne_"))
 
 
 def intended(child, parent):
@@ -81,7 +121,7 @@ OTHERWISE = {
 SAME_METHOD = [(name, name.replace("_cycling", "_continuous"), "cycling") for name in CYCLING]
 SAME_METHOD += [(name, name.replace("drq_pixels", "td3_continuous"), "pixels") for name in PIXELS]
 # What two continuous scripts may define otherwise
-OWN = {"Args", "MLP", "ReplayBuffer", "main"}
+OWN = {"Args", "MLP", "ReplayBuffer", "main", "grow_and_prune_"}
 
 # The names of docs/algorithm.md that each script of NE has
 NAMES = ["Args", "MaskedLinear", "erdos_renyi_densities", "scheduled_growth", "dormant_scores", "grow_"]

@@ -15,7 +15,20 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from harness import CYCLING, FAMILIES, MODULES, NE, PATHS, PIXELS, ROOT, SCRIPTS, events, load_script, short_args
+from harness import (
+    CYCLING,
+    FAMILIES,
+    MODULES,
+    NE,
+    PARENTS,
+    PATHS,
+    PIXELS,
+    ROOT,
+    SCRIPTS,
+    events,
+    load_script,
+    short_args,
+)
 from PIL import Image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -326,8 +339,9 @@ def test_the_pages_name_every_script():
 
 def test_the_table_of_methods_gives_the_length_of_each_ones_diff():
     for path, *_, lines in METHODS:
-        parent = next(paths[0] for paths in FAMILIES.values() if path.strip("`") in paths)
-        texts = [(ROOT / name).read_text().splitlines() for name in (parent, path.strip("`"))]
+        path = path.strip("`")
+        parent = PARENTS.get(path) or next(paths[0] for paths in FAMILIES.values() if path in paths)
+        texts = [(ROOT / name).read_text().splitlines() for name in (parent, path)]
         common = sum(
             match.size for match in difflib.SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks()
         )

@@ -1,0 +1,371 @@
+"""CReLU (Abbas et al.; CoLLAs 2023; arXiv 2303.07507) on TD3, in one file.
+
+A hidden layer hands on [relu(x), relu(-x)], so that every unit passes a gradient. Layers are narrower than TD3's: a
+network has as many parameters as there, as nearly as it can.
+
+    python baselines/crelu_td3_continuous.py --env-id HalfCheetah-v4
+
+Without its fenced lines this file is baselines/td3_continuous.py. (Section n): docs/algorithm.md.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[classic-control]==1.4.0", "mujoco==3.17.0",
+#     "dm_control==1.0.50; python_version < '3.13'", "shimmy==2.0.1; python_version < '3.13'", "imageio==2.38.1",
+#     "moviepy==2.2.1", "tensorboard==2.21.0", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from filelock import FileLock
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    # ===== The run =====
+    env_id: str = "HalfCheetah-v4"  # task: a Gymnasium id, or dm_control/<domain>-<task>-v0
+    seed: int = 1  # seed of everything random in the run
+    total_timesteps: int = 1_000_000  # environment steps of the whole run; written 1000000 or 1_000_000
+    cuda: bool = True  # use the GPU if there is one
+    torch_threads: int = 1  # CPU threads of PyTorch; results are repeatable for the same number
+    eval_interval: int = 10_000  # environment steps between evaluations; 0: none
+    eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: only at the end
+    capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
+    track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
+    resume: str | None = None  # go on with the run in this folder, with its own arguments
+    evaluate: str | None = None  # play the agent of the run in this folder instead of training
+    # ===== TD3 =====
+    learning_rate: float = 3e-4  # Adam's learning rate, actor and critics
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the online network that enters its target at an update
+    batch_size: int = 256  # transitions of one gradient step
+    replay_ratio: int = 1  # gradient steps after each environment step
+    policy_noise: float = 0.2  # standard deviation of the noise on target actions, in units of (high - low) / 2
+    noise_clip: float = 0.5  # largest absolute noise on a target action, in the same units
+    exploration_noise: float = 0.1  # standard deviation of the noise on the actions taken, in the same units
+    learning_starts: int = 25_000  # environment steps with random actions before learning starts
+    policy_frequency: int = 2  # critic updates per update of the actor and the targets
+    hidden_dim: int = 256  # units of each of the two hidden layers, actor and critics
+    neuron_interval: int = 1_000  # gradient steps between two looks at the neurons (section 6)
+
+    def __post_init__(self):
+        limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
+        limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
+        for name, value in vars(self).items():
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
+
+
+def fail(message, code=2):
+    """Ends the process with one line on stderr."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def make_env(env_id, **options):
+    """A task with vectors as observations (float32) and bounded vectors as actions; ends the process otherwise."""
+    try:
+        env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
+        seen, space = env.observation_space, env.action_space
+        vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and len(seen.shape or ()) != 3
+        assert vectors and np.isfinite([space.low, space.high]).all(), f"{seen} and {space}: no (bounded) vectors"
+    except Exception as error:
+        fail(f"--env-id {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
+    env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # copied
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+# --- CReLU: the activation, and a width that keeps the number of parameters (Abbas et al. 2023) ---
+def crelu(x):
+    """[batch, n] -> [batch, 2 n], the positive and the negative parts."""
+    return F.relu(torch.cat([x, -x], 1))
+
+
+def crelu_width(n_in, hidden_dim, n_out):
+    """Units of a hidden layer with which an MLP has the number of parameters nearest to a ReLU one's -> int."""
+
+    def parameters(width, seen):  # seen: what the next layer sees of a layer
+        return (n_in + 1) * width + (seen + 1) * width + (seen + 1) * n_out
+
+    most = parameters(hidden_dim, hidden_dim)
+    return min(range(1, hidden_dim + 1), key=lambda width: abs(parameters(width, 2 * width) - most))
+
+
+# --- end CReLU ---
+class MLP(nn.Module):
+    """A ReLU network with two hidden layers (section 1), its inputs side by side: [batch, n], ... -> [batch, n_out]."""
+
+    def __init__(self, n_in, hidden_dim, n_out):
+        super().__init__()
+        # --- CReLU: fewer units, each seen twice ---
+        hidden_dim = crelu_width(n_in, hidden_dim, n_out)
+        # --- end CReLU ---
+        self.fc1 = nn.Linear(n_in, hidden_dim)
+        self.fc2 = nn.Linear(2 * hidden_dim, hidden_dim)
+        self.fc3 = nn.Linear(2 * hidden_dim, n_out)
+
+    def hidden(self, *inputs):
+        h1 = crelu(self.fc1(torch.cat(inputs, 1)))
+        return [h1, crelu(self.fc2(h1))]  # each [batch, 2 * its units]
+
+    def forward(self, *inputs):
+        return self.fc3(self.hidden(*inputs)[-1])
+
+
+class Actor(MLP):
+    """pi(s): [batch, obs_dim] -> [batch, action_dim]; low, high: bounds of the actions, tensors [action_dim]."""
+
+    def __init__(self, obs_dim, low, high, hidden_dim):
+        super().__init__(obs_dim, hidden_dim, len(low))
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def forward(self, obs):
+        return torch.tanh(super().forward(obs)) * self.action_scale + self.action_bias
+
+
+def dormant_scores(h):
+    """Each neuron's mean |activation| over its layer's (Sokar et al. 2023): [batch, n] -> [n]; zeros if h is all 0."""
+    mean_activation = h.abs().mean(0)
+    return mean_activation / mean_activation.mean().clamp(min=torch.finfo(h.dtype).tiny)
+
+
+@torch.no_grad()
+def neuron_statistics(hidden):
+    """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
+    scores = torch.cat([dormant_scores(h) for h in hidden])
+    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
+    dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
+    return dormant | {"fau": float(firing.mean())}
+
+
+Batch = namedtuple("Batch", "obs actions reward next_obs terminated")  # an actor sees [:1] of it, a critic [:2]
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, each one float32 row in main memory; batches go to `device`."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.widths, self.device = [obs_dim, action_dim, 1, obs_dim, 1], device
+        self.rows, self.added = torch.empty(capacity, sum(self.widths)), 0
+
+    def __len__(self):
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, actions, reward, next_obs, terminated):
+        """Stores a transition, in place of the oldest one if the buffer is full."""
+        self.rows.numpy()[self.added % len(self.rows)] = np.hstack([obs, actions, reward, next_obs, terminated])
+        self.added += 1
+
+    def sample(self, batch_size, generator=None):
+        """Draws uniformly, with replacement -> Batch of tensors [batch, ...]."""
+        age = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
+        rows = self.rows.index_select(0, (self.added - len(self) + age) % len(self.rows)).to(self.device)
+        obs, actions, reward, next_obs, terminated = rows.split(self.widths, 1)
+        return Batch(obs, actions, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+
+@torch.no_grad()
+def evaluate(actor, env, episodes, seed):
+    """Returns of episodes without noise -> list of floats. The seed alone decides where the episodes start."""
+    generator, space, returns = torch.Generator().manual_seed(seed + 1000), env.action_space, []
+    for episode_seed in torch.randint(2**31 - 1, (episodes,), generator=generator).tolist():
+        (obs, _), done = env.reset(seed=episode_seed), False
+        while not done:
+            action = actor(torch.from_numpy(obs).to(actor.action_scale.device)[None])[0].cpu().numpy()
+            obs, _, terminated, truncated, info = env.step(np.clip(action.astype(space.dtype), space.low, space.high))
+            done = terminated or truncated
+        returns.append(float(info["episode"]["r"]))
+    return returns
+
+
+stop = []  # signals that have come: the first one ends the run with its episode
+
+
+def main(args):
+    """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
+    play, script, checkpoint = args.evaluate, Path(__file__).stem, None
+    name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
+    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
+    if (args.resume, play) != (None, None):
+        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
+        try:
+            assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
+            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            lock.acquire()
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+        except Exception as error:
+            fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
+    if args.capture_video and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+    torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)
+    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    env = make_env(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
+    eval_env, obs_dim, space = make_env(args.env_id), env.observation_space.shape[0], env.action_space
+    low, high = torch.tensor(np.stack([space.low, space.high]), dtype=torch.float32, device=device)  # [action_dim]
+    actor = Actor(obs_dim, low, high, args.hidden_dim)
+    qf1, qf2 = (MLP(obs_dim + len(low), args.hidden_dim, 1) for _ in range(2))
+    networks = nn.ModuleDict({"actor": actor, "qf1": qf1, "qf2": qf2}).to(device)
+    targets = copy.deepcopy(networks).requires_grad_(False)
+    target_actor, qf1_target, qf2_target = targets.values()
+    parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (networks, targets))
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    q_optimizer = torch.optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=args.learning_rate, fused=True)
+    state = {"networks": networks, "targets": targets, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
+    rb, global_step, actor_loss = ReplayBuffer(args.buffer_size, obs_dim, len(low), device), 0, torch.zeros(())
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        for generator, saved in zip(generators, checkpoint["random"], strict=True):
+            generator.set_state(saved)
+        global_step, actor_loss, rb.added = (checkpoint[name] for name in ("step", "actor_loss", "added"))
+        rb.rows[: len(rb)] = checkpoint.pop("rows")
+    else:
+        (folder / "models").mkdir(parents=True)
+        (folder / "args.json").write_text(text)
+        lock.acquire()
+    if args.capture_video:
+        name, every = ("play", lambda episode: True) if play else ("run", None)
+        env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
+    if play:
+        returns = evaluate(actor, env, args.eval_episodes, args.seed)
+        env.close()
+        print(f"{args.env_id}: mean return {np.mean(returns):.2f}, std {np.std(returns):.2f}, {len(returns)} episodes")
+        return folder
+    if args.track:
+        importlib.import_module("wandb").init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=global_step + 1)  # what was logged after the checkpoint is void
+
+    def log(group, values):
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+    def check_finite(what, *values):
+        """Ends the run where a tensor, an array or a number is not finite; its last checkpoint stays."""
+        if not all(torch.as_tensor(value).isfinite().all() for value in values):
+            bar.close()
+            fail(f"step {global_step}: {what} is not finite; stopped, the last checkpoint in {folder} is good", 1)
+
+    def save_run():
+        """Keeps the networks' weights, and replaces the checkpoint by all that it takes to go on from here."""
+        check_finite("a weight", *parameters)
+        writer.flush()
+        torch.save({name: net.state_dict() for name, net in networks.items()}, f"{folder}/models/{global_step}.pt")
+        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
+        # through numpy: of a tensor's slice the whole tensor would be saved
+        new |= {"rows": torch.from_numpy(rb.rows.numpy()[: len(rb)]), "random": [g.get_state() for g in generators]}
+        new |= {name: part.state_dict() for name, part in state.items()}
+        torch.save(new, folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole or not at all
+
+    save_run()
+    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
+    bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
+    for global_step in range(start_step + 1, args.total_timesteps + 1):
+        if done:
+            obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
+
+        # Act: at random before learning starts, then with exploration noise
+        if global_step <= args.learning_starts:
+            action = low + (high - low) * torch.rand(len(low), device=device)
+        else:
+            action = actor(torch.from_numpy(obs).to(device)[None])[0].detach()
+            action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
+        action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
+        check_finite("an observation or an action", obs, action)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        check_finite("an observation or a reward", next_obs, reward)
+        rb.add(obs, action, reward, next_obs, terminated)  # not `truncated`: the value of a state cut off there counts
+        obs, done = next_obs, terminated or truncated
+
+        # Learn: replay_ratio gradient steps for each environment step
+        while t < args.replay_ratio * (global_step - args.learning_starts):
+            t += 1
+            batch = rb.sample(args.batch_size)
+
+            # Target policy smoothing, clipped double Q-learning (TD3, algorithm 1)
+            with torch.no_grad():
+                noise = (args.policy_noise * torch.randn_like(batch.actions)).clamp(-args.noise_clip, args.noise_clip)
+                next_actions = (target_actor(batch.next_obs) + noise * actor.action_scale).clamp(low, high)
+                qf_next = torch.min(*(qf(batch.next_obs, next_actions) for qf in (qf1_target, qf2_target))).squeeze(1)
+                next_values = batch.reward + args.gamma * (1 - batch.terminated) * qf_next
+            qf1_values, qf2_values = (qf(batch.obs, batch.actions).squeeze(1) for qf in (qf1, qf2))
+            qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
+            q_optimizer.zero_grad()
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
+
+            # Delayed updates of the actor and the targets
+            if t % args.policy_frequency == 0:
+                actor_loss = -qf1(batch.obs, actor(batch.obs)).mean()
+                actor_optimizer.zero_grad()
+                actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
+                actor_optimizer.step()
+                torch._foreach_lerp_(target_parameters, parameters, args.tau)
+            if t % args.neuron_interval == 0:
+                sample = rb.sample(2048, generator=generators[1])
+                for name, network in networks.items():
+                    hidden = network.hidden(*sample[: 1 if name == "actor" else 2])
+                    log(f"neurons/{name}", neuron_statistics(hidden))
+            if t % 100 == 0:
+                losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
+                losses |= {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "actor_loss": actor_loss}
+                check_finite("a loss or a weight", *losses.values(), *parameters)
+                log("losses", {name: value.item() for name, value in losses.items()})
+                log("charts", {"SPS": (global_step - start_step) / (time.time() - start_time)})
+
+        if args.eval_interval and global_step % args.eval_interval == 0:
+            check_finite("a weight", *parameters)
+            returns = evaluate(actor, eval_env, args.eval_episodes, args.seed)
+            log("eval", {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)})
+        with contextlib.suppress(OSError):  # a screen that is gone must not end the run
+            bar.set_description("stopping with this episode; once more: at once" if stop else None, refresh=False)
+            bar.update()
+        if done:
+            log("charts", {"episodic_return": info["episode"]["r"], "episodic_length": info["episode"]["l"]})
+            bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
+            if stop:
+                break
+            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+                save_run()
+
+    rb.added = rb.added if stop else 0  # a finished run keeps all but its replay
+    save_run()
+    for used in (writer, env, bar):
+        used.close()
+    print(f"{f'stopped; go on with: python {sys.argv[0]} --resume' if stop else 'finished:'} {folder}")
+    return sys.exit(128 + stop[0]) if stop else folder
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup; a terminal that closes sends SIGHUP twice
+            signal.signal(number, lambda n, _: os._exit(128 + n) if stop and n != signal.SIGHUP else stop.append(n))
+    main(tyro.cli(Args, description=__doc__))
