@@ -308,6 +308,10 @@ SIZES = {
     "baselines/drq_pixels.py": (540, None),
     "ne_drq_pixels.py": (780, None),
 }
+# Lines of a method's fences, blank ones and the fences themselves included, at most
+OWN_LINES = dict.fromkeys(["weight_decay", "leaky_relu", "spectral_norm"], 15)
+OWN_LINES |= dict.fromkeys(["l2_init", "crelu", "nap", "hare_tortoise", "shrink_perturb"], 35)
+OWN_LINES |= dict.fromkeys(["regrama", "two_hot", "ne_layer_norm"], 60)
 DOCSTRING, PAGE = 12, 250  # lines at most of the docstring at a script's top, and of a page
 
 
@@ -348,6 +352,7 @@ def test_a_baseline_is_as_long_as_its_parent_and_its_own_lines(child, parent):
     fenced = lines[0] - docs[0] - len(without_fences(without_docstring(texts[0]), fences(texts[1])).splitlines())
     changed = sum(own.count("\n") - theirs.count("\n") for own, theirs, _ in intended(child, parent))
     assert lines[0] - docs[0] <= lines[1] - docs[1] + fenced + changed
+    assert fenced <= OWN_LINES.get(method(child, parent), fenced)
 
 
 def test_a_page_is_no_longer_than_it_may_be():
