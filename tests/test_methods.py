@@ -152,8 +152,8 @@ class Run:
                     before_add(run)
                 super().add(*arguments)
 
-            def sample(self, batch_size, **options):
-                batch = run.drawn[batch_size] = super().sample(batch_size, **options)
+            def sample(self, batch_size, *rest, **options):
+                batch = run.drawn[batch_size] = super().sample(batch_size, *rest, **options)
                 return batch
 
         def deepcopy(original):
