@@ -1,6 +1,6 @@
 """Normalize-and-Project (Lyle et al.; NeurIPS 2024; arXiv 2407.01800) on TD3, in one file.
 
-LayerNorm before each ReLU; after each optimizer step each weight matrix is scaled back to its initial norm.
+LayerNorm before each ReLU; after each optimizer step each weight matrix before a norm gets its initial norm back.
 
     python baselines/nap_td3_continuous.py --env-id HalfCheetah-v4
 
@@ -148,8 +148,11 @@ def neuron_statistics(hidden):
 
 # --- NaP: projection to the initial norms (Lyle et al. 2024, section 4) ---
 def weight_norms(network):
-    """Each weight matrix of a network and its Frobenius norm -> list of (weight, tensor [])."""
-    return [(weight, weight.detach().norm()) for weight in network.parameters() if weight.dim() == 2]
+    """Each weight matrix that a norm follows, and its Frobenius norm -> list of (weight, tensor []).
+
+    The last one is left free (ours): no norm follows it, and values of a fixed scale could not reach the returns.
+    """
+    return [(weight, weight.detach().norm()) for weight in network.parameters() if weight.dim() == 2][:-1]
 
 
 @torch.no_grad()
