@@ -148,10 +148,7 @@ def neuron_statistics(hidden):
 
 # --- NaP: projection to the initial norms (Lyle et al. 2024, section 4) ---
 def weight_norms(network):
-    """Each weight matrix that a norm follows, and its Frobenius norm -> list of (weight, tensor []).
-
-    The last one is left free (ours): no norm follows it, and values of a fixed scale could not reach the returns.
-    """
+    """Each weight matrix but the last (ours: values need a free scale), and its norm -> list of (weight, tensor [])."""
     return [(weight, weight.detach().norm()) for weight in network.parameters() if weight.dim() == 2][:-1]
 
 
