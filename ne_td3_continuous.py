@@ -5,7 +5,7 @@ gradient on a cosine schedule, prunes neurons that never fire, and reviews early
 
     python ne_td3_continuous.py --env-id HalfCheetah-v4
 
-Without the lines between its "# --- NE" fences it is baselines/td3_continuous.py. (Section n): docs/algorithm.md.
+NE's lines are fenced, "# --- NE"; the rest is baselines/td3_continuous.py, masks aside. (Section n): docs/algorithm.md.
 """
 
 # /// script
@@ -74,7 +74,7 @@ class Args:
     prune: bool = True  # prune silent neurons (section 4)
     review: bool = True  # review early experience (section 5)
     initial_density: float = 0.25  # share of a network's connections that are active at the start
-    final_density: float = 1.0  # share of a network's connections that are active after the last growth event
+    final_density: float = 1.0  # share of them that are active after the last event, less what that event pruned
     dense_ends: bool = False  # first and last layers stay dense; the densities are those of the layers between
     growth_interval: int = 10_000  # gradient steps between growth and pruning events; a multiple of policy_frequency
     growth_criterion: Literal["gradient", "random"] = "gradient"  # which absent connections grow; random: a control
@@ -245,7 +245,7 @@ def scheduled_growth(t, total_steps, interval, n_free):
 
 @torch.no_grad()
 def grow_(layer, k, exclude=None, generator=None):
-    """Activates the k absent connections, or all, with the largest |gradient|, at weight 0 -> number grown.
+    """Activates the k absent connections, or all, with the largest |weight.grad|, at weight 0 -> number grown.
 
     exclude: mask [out, in] of connections that may not grow; generator: a CPU one that draws the k at random instead.
     """
@@ -278,7 +278,7 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
     for l, i in (silent[index] for index in torch.randperm(len(silent), generator=generator).tolist()):
         incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # a row of this layer, a column of the next one
         cost = sum(int(layers[k].mask[where].sum()) for k, where in (incoming, outgoing))
-        if cost and spent + cost > budget:
+        if cost and spent + cost > budget:  # a neuron without connections costs nothing
             continue
         spent += cost
         for k, where in (incoming, outgoing):
@@ -286,7 +286,7 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
             layers[k].pruned += layers[k].mask[where].sum()
             for tensor in (layers[k].mask, layers[k].weight, *adam_moments(optimizer, layers[k].weight)):
                 tensor[where] = 0
-        layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5
+        layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5  # mean 0: a dead layer
         for moment in adam_moments(optimizer, layers[l].bias):
             moment[i] = 0
     return spent, pruned
@@ -305,7 +305,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
     before = network(*probe)
     if args.prune:
-        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)
+        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
     for l, layer in enumerate(layers if args.grow else []):

@@ -73,7 +73,7 @@ class Args:
     prune: bool = True  # prune silent neurons (section 4)
     review: bool = True  # review early experience (section 5)
     initial_density: float = 0.25  # share of a network's connections that are active at the start
-    final_density: float = 1.0  # share of a network's connections that are active after the last growth event
+    final_density: float = 1.0  # share of them that are active after the last event, less what that event pruned
     dense_ends: bool = False  # first and last layers stay dense; the densities are those of the layers between
     growth_interval: int = 10_000  # gradient steps between growth and pruning events; a multiple of policy_frequency
     growth_criterion: Literal["gradient", "random"] = "gradient"  # which absent connections grow; random: a control
@@ -247,7 +247,7 @@ def scheduled_growth(t, total_steps, interval, n_free):
 
 @torch.no_grad()
 def grow_(layer, k, exclude=None, generator=None):
-    """Activates the k absent connections, or all, with the largest |gradient|, at weight 0 -> number grown.
+    """Activates the k absent connections, or all, with the largest |weight.grad|, at weight 0 -> number grown.
 
     exclude: mask [out, in] of connections that may not grow; generator: a CPU one that draws the k at random instead.
     """
@@ -280,7 +280,7 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
     for l, i in (silent[index] for index in torch.randperm(len(silent), generator=generator).tolist()):
         incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # a row of this layer, a column of the next one
         cost = sum(int(layers[k].mask[where].sum()) for k, where in (incoming, outgoing))
-        if cost and spent + cost > budget:
+        if cost and spent + cost > budget:  # a neuron without connections costs nothing
             continue
         spent += cost
         for k, where in (incoming, outgoing):
@@ -288,7 +288,7 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
             layers[k].pruned += layers[k].mask[where].sum()
             for tensor in (layers[k].mask, layers[k].weight, *adam_moments(optimizer, layers[k].weight)):
                 tensor[where] = 0
-        layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5
+        layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5  # mean 0: a dead layer
         for moment in adam_moments(optimizer, layers[l].bias):
             moment[i] = 0
     return spent, pruned
@@ -306,7 +306,7 @@ def revive_(network, optimizer, hidden, before):
     for l, norm in enumerate((network.norm1, network.norm2)):
         pruned = (dormant_scores(hidden[l]) <= 0) & ~layers[l].mask.any(1) & ~layers[l + 1].mask.any(0)
         layers[l].bias[pruned] = before[l].mean()
-        norm.bias[pruned] = float(hidden[l].mean()) or layers[l].in_features ** -0.5
+        norm.bias[pruned] = float(hidden[l].mean()) or layers[l].in_features ** -0.5  # mean 0: a dead layer
         for moment in adam_moments(optimizer, norm.bias):
             moment[pruned] = 0
 
@@ -325,7 +325,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
     before = network(*probe)
     if args.prune:
-        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)
+        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
         # --- NE-LayerNorm: what the layers do before pruning ---
         hidden = network.hidden(*scoring)
         before_norm = [network.fc1(torch.cat(scoring, 1)), network.fc2(hidden[0])]

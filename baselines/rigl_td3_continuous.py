@@ -243,7 +243,7 @@ def drop_and_grow_(network, optimizer, share, target=None):
 
 @torch.no_grad()
 def grow_(layer, k, exclude=None, generator=None):
-    """Activates the k absent connections, or all, with the largest |gradient|, at weight 0 -> number grown.
+    """Activates the k absent connections, or all, with the largest |weight.grad|, at weight 0 -> number grown.
 
     exclude: mask [out, in] of connections that may not grow; generator: a CPU one that draws the k at random instead.
     """
