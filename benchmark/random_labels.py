@@ -48,6 +48,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "random_labels"
 CSV, LAST = "runs.csv.gz", 3  # tasks at the end that are averaged
 PIXELS, HIDDEN, CLASSES, LEARNING_RATE, DENSITY = 64, 64, 10, 1e-3, 0.25
 # interval: gradient steps between two events of the methods that act at intervals
@@ -641,6 +642,30 @@ def report(folder):
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
 
 
+def short_table(folder):
+    """The loss of the last tasks and the dormant share by method, mild beside severe -> Markdown."""
+    runs = read_runs(folder / CSV)
+    tables = {variant: summarise(runs[runs["variant"] == variant]) for variant in VARIANTS}
+    means = {variant: table.groupby(level=0).mean() for variant, table in tables.items()}
+    head, rows = ["method"], []
+    for variant in VARIANTS:
+        head += [f"{variant}: loss [95 %]", "accuracy", "dormant", "seeds"]
+    for name in (name for name in ROWS if all(name in table.index for table in tables.values())):
+        rows.append([f"`{name}`"])
+        for variant, table in tables.items():
+            losses = table.loc[name]["loss"]
+            cells = [number(means[variant][column][name]) for column in ("accuracy", "dormant")]
+            rows[-1] += [number(*interval(losses)), *cells, str(len(losses))]
+    return markdown(head, rows)
+
+
+def put_on_page(folder, page=ROOT / "benchmark/plasticity.md"):
+    """Puts the short table between its two markers on the page."""
+    before, rest = page.read_text().split("<!-- random labels -->\n")
+    after = rest.partition("<!-- end random labels -->")[2]
+    page.write_text(f"{before}<!-- random labels -->\n{short_table(folder)}\n<!-- end random labels -->{after}")
+
+
 def interrupt(number, _):
     raise KeyboardInterrupt(number)
 
@@ -652,7 +677,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="seeds 1 to N (default: 30)")
     parser.add_argument("--variant", choices=[*VARIANTS, "both"], default="both")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: cores)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmark/results/random_labels", help="folder of results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--report", action="store_true", help="write tables and pictures again from --out, run nothing")
     args = parser.parse_args(argv)
     unknown = [name for name in args.methods if name not in ROWS]
@@ -668,6 +693,8 @@ def main(argv=None):
         if not args.report:
             run(args)
         report(args.out)
+        if args.out == RESULTS:
+            put_on_page(args.out)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         sys.exit(128 + stop.args[0])

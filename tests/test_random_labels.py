@@ -458,15 +458,29 @@ def test_one_seed_gets_no_interval_and_a_run_without_finite_loss_is_named(tmp_pa
     assert "p =" not in text and "p <" not in text
 
 
-def test_the_committed_report_is_that_of_the_committed_runs(tmp_path):
-    folder = ROOT / "benchmark" / "results" / "random_labels"
-    if not (folder / labels.CSV).exists():
-        pytest.skip("no results yet")
-    again = tmp_path / "again"
+def test_the_committed_report_and_the_pages_table_are_those_of_the_committed_runs(tmp_path):
+    again, page = tmp_path / "again", ROOT / "benchmark" / "plasticity.md"
     again.mkdir()
-    shutil.copy(folder / labels.CSV, again)
-    labels.main(["--report", "--out", str(again)])
-    assert (again / "report.md").read_text() == (folder / "report.md").read_text(), "run random_labels.py --report"
+    shutil.copy(labels.RESULTS / labels.CSV, again)
+    labels.report(again)
+    assert (again / "report.md").read_text() == (labels.RESULTS / "report.md").read_text(), "run with --report"
+    shutil.copy(page, again)
+    labels.put_on_page(again, again / page.name)
+    assert (again / page.name).read_text() == page.read_text(), "run with --report"
+
+
+def test_the_short_table_has_the_means_of_the_last_three_tasks(tmp_path):
+    table = made_up({"plain": (1.0, 0.2), "ne": (1.5, 0.1)}, 4)
+    write(tmp_path / "a", pd.concat([table.assign(variant=variant) for variant in labels.VARIANTS]))
+    rows = [line.split(" | ") for line in labels.short_table(tmp_path / "a").splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| `plain`", "| `ne`"]
+    for row in rows:
+        own = table[table["method"] == row[0][3:-1]]
+        last = own[own["task"] > own["task"].max() - 3]
+        for cell in (row[1], row[5]):
+            assert float(cell.split(" [")[0]) == pytest.approx(last["loss"].mean(), abs=0.01)
+        assert float(row[3]) == pytest.approx(last["dormant"].mean(), abs=0.01)
+        assert row[4].strip(" |") == "4"
 
 
 # ===== Starting, stopping, going on =====
