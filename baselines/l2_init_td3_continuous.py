@@ -364,6 +364,6 @@ def main(args):
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup; a terminal that closes sends SIGHUP twice
+        if "--evaluate" not in str(sys.argv) and signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, lambda n, _: os._exit(128 + n) if stop and n != signal.SIGHUP else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

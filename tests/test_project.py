@@ -217,6 +217,7 @@ def markdown_rows(text):
 # whose tags a row of the README's table is about, by the end of its last column
 SPARSE = ("ne_", "static_sparse_td3_continuous", "rigl_td3_continuous")
 OWNERS = {", sparse networks": SPARSE, ", NE": ("ne_",), ", ReDo": ("redo_",), ", Reset": ("reset_",)}
+OWNERS |= {", ReGraMa": ("regrama_",), ", Shrink & Perturb": ("shrink_perturb_",)}
 OWNERS |= {", Injection": ("injection_",), ", RigL": ("rigl_",), ", cycling": tuple(CYCLING)}
 
 
@@ -241,7 +242,8 @@ def explained_tags(script):
 
 @pytest.mark.parametrize("script", SCRIPTS | CYCLING)
 def test_the_pages_explain_exactly_the_tags_that_are_logged(script):
-    often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100}
+    often = {"redo_interval": 100, "reset_interval": 300, "rigl_interval": 100, "regrama_interval": 100}
+    often |= {"shrink_perturb_interval": 300}
     folder = MODULES[script].main(short_args(script, eval_interval=300, eval_episodes=1, **often))
     assert logged_tags(folder) == explained_tags(script)
     rows = [row[0].strip("`").split("/")[0] for row in table("docs/logs.md", "The run's folder")]
