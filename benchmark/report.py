@@ -2,7 +2,8 @@
 
 python benchmark/report.py runs                      # every run anywhere below runs/, into runs/report/
 python benchmark/report.py benchmark/results/NAME    # draws a published result again, from its CSV files alone
-python benchmark/report.py --readme                  # does so for all that the pages show, and puts the tables there
+python benchmark/report.py benchmark/results/NAME runs --out benchmark/results/NAME    # adds runs to it
+python benchmark/report.py --readme                  # draws all that the pages show, and puts the tables there
 
 A run is a folder <task>__<script>__<seed>__<unix time> with event files: this project's, or another one's with the same
 tags (charts/episodic_return). Runs of a cycle of tasks have a section of their own, by benchmark/cycling.py.
@@ -26,31 +27,22 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rliable import library, metrics
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
 matplotlib.use("Agg")
 sys.path.append(str(Path(__file__).resolve().parent))
+import compare
 import cycling
 import matplotlib.pyplot as plt
+from compare import MIN_SEEDS, NORMALISATION, RUN, methods_of, methods_order
 
+matplotlib.rcParams["svg.hashsalt"] = "report"  # the same data give the same file
 ROOT = Path(__file__).resolve().parent.parent
-MIN_SEEDS = 5  # with fewer, no interval is given
-REPS = 10_000  # bootstrap resamples of a number in a table
-BAND_REPS = 2_000  # and of each point of a learning curve
 BINS = 20  # training returns are averaged within so many equal parts of the run
 POINTS = 50  # of a curve of neurons in curves.csv, at most
-# Task: return of random actions, and of TD3 after a million steps; from where, SOURCE says
-NORMALISATION = {
-    "HalfCheetah-v4": (-289.415, 10574),
-    "Hopper-v4": (18.791, 3226),
-    "Walker2d-v4": (2.791, 3946),
-    "Ant-v4": (-70.288, 3942),
-    "Humanoid-v4": (120.423, 5165),
-}
 PAGES = ("README.md", "docs/*.md", "baselines/README.md", "benchmark/README.md")
-SCORE = "(return - random) / (TD3 at 1M steps - random)"
+SCORE = "(area - random) / (TD3 at 1M steps - random)"
 SOURCE = (
     "TD3 scores of the TD7 paper as listed in SimbaV2's code (DAVIAN-Robotics/SimbaV2 @86899c2, "
     "`scale_rl/envs/mujoco.py`), attributed there, not checked against the paper; gym 0.25, MuJoCo 2.3.3"
@@ -74,11 +66,32 @@ EVENTS = {
     "change_by_pruning": (r"ne/\w+/output_change_pruning", "max"),
     "review_share": (r"ne/review_share", "mean"),
 }
-PARENTS = ("td3_continuous", "td3_cycling", "drq_pixels")
 JOB = ["command", "versions", "machine", "commit"]
 RUN_COLUMNS = ["task", "method", "seed", "steps", "final_return", "returns", "wall_clock_s", "steps_per_s", "settings"]
-RUN_COLUMNS += ["events", *EVENTS]
-CURVE_COLUMNS = ["task", "method", "seed", "tag", "step", "value"]
+RUN_COLUMNS += ["at_once", "events", *EVENTS]
+CURVE_COLUMNS = [*RUN, "tag", "step", "value"]
+RETURNS = f"""\
+Area: mean of the evaluations after learning starts, with its 95 % t interval over the seeds, from {MIN_SEEDS} on. Last
+three, last one: mean of these evaluations, over the seeds. Dormant: share of the hidden neurons with a dormant score
+of at most 0.1, at the last look, mean over the seeds. Density: active / all connections then, mean over actor and
+critics and over the seeds; `-`: not logged. Steps per second and minutes of wall-clock time, evaluations included:
+medians.
+"""
+DIFFERENCES = f"""\
+Mean over the seeds that both have, in pairs, with its 95 % t interval; p of a paired t test and, in parentheses, by
+Holm's correction for the column. The area counts; the other two show whether its answer hangs on the measure. Ahead: of
+all pairs of a run of each, whatever the seeds, by area. 80 % power: the true difference of areas that so many pairs
+find in 80 % of cases, before the correction. A method with fewer than {MIN_SEEDS} pairs has no row.
+"""
+INJECTION = """\
+Until its injection a run is its parent's run with the same seed, to the bit; so the difference after it is what new
+plasticity does. Mean over the seeds, with its 95 % t interval.
+"""
+AGGREGATE = f"""\
+In parentheses: percentile intervals of the stratified bootstrap ({compare.REPS:_} resamples; rliable), from
+{compare.BOOTSTRAP_SEEDS} seeds on. On one task they cover about 90 % with five seeds and 93 % with ten, not 95. One
+seed has no rank: methods with one are left out.
+"""
 CYCLES = """
 Relearning: area of a later visit's evaluation curve minus that of the task's first visit; retention: what is left of a
 task's gain after visits to other ones; both as shares of the task's gain, its highest evaluation minus the return of
@@ -87,12 +100,13 @@ t interval, then each seed.
 """
 HEADINGS = {
     "returns": "Returns",
+    "differences": "Differences",
+    "injection": "Injection: would new plasticity have helped?",
     "aggregate": "Aggregate over the tasks",
-    "improvement": "Probability of improvement",
     "events": "What the events of NE did",
     "cycles": "Cycles",
 }
-PICTURES = ["learning_curves.png", "aggregate.png", "improvement.png", "neurons.png", "sensitivity.png"]
+PICTURES = ["learning_curves", "differences", "injection", "aggregate", "neurons", "sensitivity"]
 
 
 def say(text):
@@ -145,6 +159,7 @@ def read_run(folder):
     if logs.empty:
         raise ValueError("no scalars in its event files")
     spans = logs.groupby("file")[["step", "wall_time"]].agg(np.ptp).sum()  # a resumed run has several files
+    began, ended = logs["wall_time"].min(), logs["wall_time"].max()
     steps, logs = int(logs["step"].max()), logs[logs["tag"].map(lambda tag: bool(TAGS.fullmatch(tag)))]
     returns = logs[logs["tag"].str.endswith("/episodic_return")]
     if returns.empty:
@@ -155,8 +170,26 @@ def read_run(folder):
     job = {key: value if isinstance(value, str) else json.dumps(value) for key, value in job.items()}
     run |= {"task": str(args.get("env_id", name[1])), "seed": int(args.get("seed", name[3])), "steps": steps}
     run |= {"total": int(args.get("total_timesteps", 0)), "wall_clock_s": spans["wall_time"]}
+    run |= {"began": began, "ended": ended}
+    for name in ("learning_starts", "injection_step"):
+        np.array(args.get(name) or 0, dtype=int)  # ValueError or TypeError if it is odd
     run |= {"steps_per_s": spans["step"] / spans["wall_time"] if spans["wall_time"] else math.nan}
     return run | {key: job.get(key, "") for key in JOB} | {"logs": logs.sort_values("step", kind="stable")}
+
+
+def read_published(folder):
+    """The runs of a folder with runs.csv and curves.csv -> list of dicts like read_run's."""
+    runs, curves = load(folder)[:2]
+    logged = {"dormant_actor": "neurons/actor/dormant_ratio_0.1", "dormant_qf": "neurons/qf1/dormant_ratio_0.1"}
+    logged, curves = logged | {"density": "neurons/actor/density"}, dict(list(curves.groupby(RUN)))
+    found = []
+    for row in runs.fillna(dict.fromkeys(JOB, "")).to_dict("records"):
+        of_return = {"return": "eval/episodic_return" if row["returns"] == "evaluation" else "charts/episodic_return"}
+        logs = curves[tuple(row[name] for name in RUN)].replace({"tag": logged | of_return})
+        args = json.loads(row["settings"])
+        run = {"folder": folder, "own": bool(args), "script": row["method"].split()[0], "time": 0, "args": args}
+        found.append(row | run | {"total": row["steps"], "began": math.nan, "ended": math.nan, "logs": logs})
+    return found
 
 
 def most_common(values):
@@ -174,6 +207,13 @@ def events_of(logs):
         for short, (_, how) in EVENTS.items()
     }
     return {"events": of_tags["grown"]["step"].nunique()} | numbers
+
+
+def runs_at_once(run, runs):
+    """How many of the runs, this one among them, went at the same time on its machine, at most."""
+    same = [other for other in runs if other["machine"] == run["machine"]]
+    starts = [other["began"] for other in same if run["began"] <= other["began"] <= run["ended"]]
+    return max(sum(other["began"] <= start <= other["ended"] for other in same) for start in starts)
 
 
 def finished(runs):
@@ -198,19 +238,20 @@ def finished(runs):
 
 
 def name_methods(runs):
-    """Gives each run its `method`, the script's name and what differs, and its `settings`, what differs anywhere."""
+    """Gives each run its `method`: the script's name and what differs. An argument that a run lacks does not differ."""
     for task, script in {(run["task"], run["script"]) for run in runs}:
         group = [run for run in runs if (run["task"], run["script"]) == (task, script) and run["own"]]
         names = dict.fromkeys(name for run in group for name in run["args"])  # in the script's order
-        usual = {name: most_common([run["args"].get(name) for run in group]) for name in names}
-        varied = [name for name in names if len({json.dumps(run["args"].get(name)) for run in group}) > 1]
+        once = {json.dumps([run["seed"], run["args"]]): run["args"] for run in group}  # a run read twice counts once
+        values = {name: [args[name] for args in once.values() if name in args] for name in names}
+        varied = [name for name in names if len(set(map(json.dumps, values[name]))) > 1]
+        usual = {name: most_common(values[name]) for name in varied}
         for run in group:
-            run["settings"] = {name: run["args"].get(name) for name in varied}
-            differs = [f" {n}={value}" for n, value in run["settings"].items() if usual[n] != (value, True)]
-            run["method"] = script + "".join(differs)
+            args = {name: run["args"][name] for name in varied if name in run["args"]}
+            run["method"] = script + "".join(f" {n}={value}" for n, value in args.items() if usual[n] != (value, True))
     for run in runs:
         if not run["own"]:
-            run["method"], run["settings"] = run["script"], {}
+            run["method"] = run["script"]
 
 
 def without_duplicates(runs):
@@ -242,20 +283,35 @@ def curves_of(run, returns, last):
     return {short: curve[["step", "value"]] for short, curve in curves.items() if len(curve)}
 
 
-def collect(folder, out, unfinished=False):
-    """Reads all runs below a folder, but for those in `out`, and writes runs.csv and curves.csv there."""
-    folders = {path.parent for path in folder.rglob("events.out.tfevents.*") if path.is_file()}
-    if not folders:
-        fail(f"no run in {folder}: there is no events.out.tfevents.* anywhere below it; give the folder of your runs")
-    runs, cycles = [], []
-    if folder.resolve() in out.resolve().parents:
-        folders = {path for path in folders if out.resolve() not in path.resolve().parents}
+def is_published(folder):
+    return all((folder / name).exists() for name in ("runs.csv", "curves.csv"))
+
+
+def collect(sources, out, unfinished=False):
+    """Reads all runs below some folders, but for those in `out`, and writes runs.csv and curves.csv there.
+
+    A source may be a folder with these two files, too.
+    """
+    runs, cycles, folders = [], [], set()
+    for folder in sources:
+        if is_published(folder):
+            if (folder / "cycles.md").exists():
+                fail(f"{folder} has cycles, which are kept as a table: give the folder of their runs")
+            runs += read_published(folder)
+            continue
+        below = {path.parent for path in folder.rglob("events.out.tfevents.*") if path.is_file()}
+        if not below:
+            fail(f"no run in {folder}: there is no events.out.tfevents.* below it; give the folder of your runs")
+        inside = folder.resolve() in out.resolve().parents
+        folders |= {path for path in below if not (inside and out.resolve() in path.resolve().parents)}
     for path in sorted(folders):
         try:
             run = read_run(path)
             (cycles if "cycles" in run else runs).append(run)
         except Exception as error:  # whatever odd files make the readers raise
             say(f"skipped {path}: {error}")
+    for run in runs:
+        run["at_once"] = run["at_once"] if "at_once" in run else runs_at_once(run, runs)
     runs = runs if unfinished else finished(runs)
     name_methods(runs)
     curves, kept = [], []
@@ -263,18 +319,19 @@ def collect(folder, out, unfinished=False):
         of_task = without_duplicates([run for run in runs if run["task"] == task])
         evaluated = all("eval/episodic_return" in set(run["logs"]["tag"]) for run in of_task)
         for run in of_task:
-            run["returns"] = "evaluation" if evaluated else "training"
-            of_run = curves_of(run, run["returns"], max(run["steps"] for run in of_task))
+            returns = "evaluation" if evaluated else "training"
+            of_run = curves_of(run, returns, max(run["steps"] for run in of_task))
             if "return" not in of_run:
                 say(f"skipped {run['folder']}: it has no charts/episodic_return, and others of {task} no evaluations")
                 continue
-            run["final_return"] = of_run["return"]["value"].iloc[-1]
-            run["settings"] = json.dumps(run["settings"])
-            kept.append(run | events_of(run["logs"]))
+            if run.get("returns") != returns:  # a published run has its last return with all digits
+                run["final_return"] = of_run["return"]["value"].iloc[-1]
+            run |= {"returns": returns, "settings": json.dumps(run["args"])}
+            kept.append(events_of(run["logs"]) | run)
             for short, curve in of_run.items():
                 curves.append(curve.assign(task=task, method=run["method"], seed=run["seed"], tag=short))
     if not kept and not cycles:
-        fail(f"no run in {folder} can be used, for the reasons above")
+        fail(f"no run in {', '.join(map(str, sources))} can be used, for the reasons above")
     out.mkdir(parents=True, exist_ok=True)
     collect_cycles(cycles, out)
     kept, curves = kept or pd.DataFrame(columns=RUN_COLUMNS + JOB), curves or [pd.DataFrame(columns=CURVE_COLUMNS)]
@@ -282,7 +339,7 @@ def collect(folder, out, unfinished=False):
         ("runs.csv", pd.DataFrame(kept), RUN_COLUMNS + JOB, "%.9g"),
         ("curves.csv", pd.concat(curves).sort_values(["tag", "step"]), CURVE_COLUMNS, "%.6g"),
     ):
-        frame = frame[columns].sort_values(["task", "method", "seed"], kind="stable")
+        frame = frame[columns].sort_values(RUN, kind="stable")
         frame.to_csv(out / name, index=False, float_format=digits, lineterminator="\n")
 
 
@@ -305,7 +362,7 @@ def collect_cycles(runs, out):
         (out / "cycles.md").write_text("\n".join([*parts, CYCLES]))
 
 
-# ===== Numbers, all from the two tables =====
+# ===== Tables, all from the two =====
 
 
 def load(folder):
@@ -319,97 +376,22 @@ def load(folder):
         if missing := [column for column in columns if column not in frame]:
             fail(f"{folder / name} has no column {', '.join(missing)}; write it again from the event files")
         frames.append(frame)
+    if (twice := frames[0][RUN].duplicated()).any():
+        row = frames[0][twice].iloc[0]
+        fail(f"{folder / 'runs.csv'} has {row['method']} on {row['task']} with seed {row['seed']} twice")
     checksum = hashlib.sha256((folder / "runs.csv").read_bytes() + (folder / "curves.csv").read_bytes()).hexdigest()
     return *frames, checksum
 
 
-def methods_order(name):
-    """What sorts the methods: NE, TD3 or another parent, others; settings that are numbers by their size."""
-    words = [(0, float(w), "") if re.fullmatch(r"[\d.e+-]*\d", w) else (1, 0, w) for w in re.split("[ =]", name)]
-    return not name.startswith("ne_"), name.split()[0] not in PARENTS, words
-
-
-def methods_of(runs):
-    return sorted(runs["method"].unique(), key=methods_order)
-
-
-def iqm(scores, axis=None):
-    """rliable's interquartile mean, made fast (a quarter of the values, rounded down, goes at each end)."""
-    scores = np.sort(scores, axis=axis)
-    cut = len(scores) // 4
-    return scores[cut : len(scores) - cut].mean(axis=0)
-
-
-def improvement(x, y):
-    """rliable's probability that a run of x ends above one of y, made fast; ties count half."""
-    return np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y))
-
-
-def interval(statistics, *scores, reps=None):
-    """95 % percentile intervals by the stratified bootstrap over [seeds, tasks, ...] -> (lows, highs)."""
-    np.random.seed(0)  # rliable draws from numpy's global generator
-    scores = {"": scores[0] if len(scores) == 1 else scores}
-    return library.get_interval_estimates(scores, statistics, reps=reps or REPS)[1][""]
-
-
-def final_scores(runs, method, tasks):
-    """The final returns of a method -> [seeds, tasks], of each task the first seeds, as many as all have."""
-    columns = [
-        runs[(runs["method"] == method) & (runs["task"] == task)].sort_values("seed")["final_return"].to_numpy()
-        for task in tasks
-    ]
-    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1)
-
-
-def aggregate(runs):
-    """The normalised scores over the tasks that all methods have.
-
-    -> table with a row a method, {task: why it is left out}, {method: scores [seeds, tasks]}.
-    """
-    methods, left_out = methods_of(runs), {}
-    for task in sorted(runs["task"].unique()):
-        missing = [method for method in methods if not ((runs["task"] == task) & (runs["method"] == method)).any()]
-        if task not in NORMALISATION:
-            left_out[task] = "no normalisation"
-        elif missing:
-            left_out[task] = f"no runs of {', '.join(missing)}"
-    tasks = [task for task in sorted(runs["task"].unique()) if task not in left_out]
-    rows, scores = [], {}
-    for method in methods if tasks else []:
-        low, high = np.array([NORMALISATION[task] for task in tasks]).T
-        scores[method] = (final_scores(runs, method, tasks) - low) / (high - low)
-
-        def statistics(x):
-            return np.array([iqm(x), metrics.aggregate_optimality_gap(x), x.mean()])
-
-        enough = len(scores[method]) >= MIN_SEEDS
-        ends = interval(statistics, scores[method]) if enough else np.full((2, 3), np.nan)
-        rows.append([method, tasks, len(scores[method]), *statistics(scores[method]), *ends.T.ravel()])
-    names = [f"{name}{end}" for name in ("iqm", "gap", "mean") for end in ("_low", "_high")]
-    return pd.DataFrame(rows, columns=["method", "tasks", "n", "iqm", "gap", "mean", *names]), left_out, scores
-
-
-def improvements(runs, method):
-    """The probability that a run of `method` ends above one of each other method, where both have seeds to compare."""
-    rows, counts = [], runs.groupby(["method", "task"]).size()
-    several = {name: {task for of, task in counts.index[counts > 1] if of == name} for name in methods_of(runs)}
-    for other in methods_of(runs):
-        tasks = sorted(several[method] & several[other])  # one run says nothing about the next one
-        if other == method or not tasks:
-            continue
-        x, y = final_scores(runs, method, tasks), final_scores(runs, other, tasks)
-        enough = min(len(x), len(y)) >= MIN_SEEDS
-        if enough:
-            low, high = interval(lambda *s: np.array([improvement(*s)]), x, y)[:, 0]
-            rows.append([other, tasks, len(x), len(y), improvement(x, y), low, high])
-        else:  # without an interval, which takes as many seeds on each task, all runs count
-            each = [[final_scores(runs, name, [task]) for name in (method, other)] for task in tasks]
-            counts_of = [" + ".join(str(len(pair[k])) for pair in each) for k in (0, 1)]
-            rows.append([other, tasks, *counts_of, np.mean([improvement(*pair) for pair in each]), np.nan, np.nan])
-    return pd.DataFrame(rows, columns=["method", "tasks", "n", "m", "probability", "low", "high"])
-
-
-# ===== Tables =====
+def rename(runs, curves, names):
+    """Calls methods otherwise: "METHOD=NEW NAME" each -> the two tables."""
+    new = dict(word.rpartition("=")[::2] for word in names)
+    if unknown := [name for name in new if name not in methods_of(runs)]:
+        fail(f"--names: no method {unknown[0]!r}; there is {', '.join(map(repr, methods_of(runs)))}")
+    renamed = runs.replace({"method": new})
+    if renamed["method"].nunique() < runs["method"].nunique():
+        fail("--names gives two methods the same name")
+    return renamed, curves.replace({"method": new})
 
 
 def number(value):
@@ -422,8 +404,8 @@ def markdown(head, rows):
     return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
 
 
-def between(low, high, n, show="{:.2f}".format):
-    return f"{show(low)} to {show(high)}" if n >= MIN_SEEDS else "too few seeds"
+def with_interval(value, low, high, show=number):
+    return f"{show(value)} ({'too few seeds' if math.isnan(low) else f'{show(low)} to {show(high)}'})"
 
 
 def range_text(values):
@@ -438,38 +420,89 @@ def plural(values, noun):
 def returns_section(runs, curves):
     """Markdown: for each task a table with a row a method."""
     parts = []
-    last = curves.sort_values("step").groupby(["task", "method", "seed", "tag"])["value"].last()
+    last = curves.sort_values("step").groupby([*RUN, "tag"])["value"].last()
     last = last.groupby(["task", "method", "tag"]).mean()  # over seeds
-    head = ["method", "seeds", "return: mean", "each seed", "IQM (95 % interval)"]
+    head = ["method", "seeds", "area: mean (95 % interval)", "each seed", "last three", "last one"]
     head += ["dormant, actor", "dormant, critics", "density", "steps/s", "minutes"]
     for task, of_task in runs.groupby("task"):
         rows = []
         for method in methods_of(of_task):
             of_method = of_task[of_task["method"] == method].sort_values("seed")
-            values, n = of_method["final_return"].to_numpy(), len(of_method)
-            ends = interval(lambda x: np.array([iqm(x)]), values[:, None])[:, 0] if n >= MIN_SEEDS else (None, None)
-            middle = between(*ends, n, number)
+            values = of_method["area"].to_numpy()
+            area = with_interval(*cycling.interval(values[:, None])[:, 0]) if len(values) > 1 else number(values[0])
             neurons = [last.get((task, method, tag), math.nan) for tag in NEURONS]
             speeds = [of_method["steps_per_s"].median(), of_method["wall_clock_s"].median() / 60]
             rows.append(
-                [f"`{method}`", n, number(values.mean()), ", ".join(map(number, values))]
-                + [f"{number(iqm(values))} ({middle})" if n >= MIN_SEEDS else middle]
+                [f"`{method}`", len(values), area, ", ".join(map(number, values))]
+                + [number(of_method[measure].mean()) for measure in ("last_three", "last_one")]
                 + ["-" if math.isnan(value) else f"{value:.3f}" for value in neurons]
                 + ["-" if math.isnan(value) else f"{value:.0f}" for value in speeds]
             )
         if of_task["returns"].iloc[0] == "evaluation":
-            what = "Return of the last evaluation, without exploration noise"
+            what = "Return of the evaluations, without exploration noise"
         else:
-            what = f"Training return, with exploration noise, mean of the last 1/{BINS} of the steps"
+            what = f"Training return, with exploration noise, mean of each 1/{BINS} of the steps"
         parts += [f"**{task}**, {plural(of_task['steps'], 'step')}. {what}.\n", markdown(head, rows)]
-    parts += [
-        f"IQM: mean of the middle half of the seeds, with a 95 % stratified bootstrap interval (percentile, {REPS:_} "
-        f"resamples; rliable), from {MIN_SEEDS} seeds on. Dormant: share of the hidden neurons with a dormant score of "
-        "at most 0.1, at the last look, mean over the seeds. Density: active / all connections then, mean over actor "
-        "and critics and over the seeds; `-`: not logged. Steps per second and minutes of wall-clock time, evaluations "
-        "included: medians.\n"
-    ]
+    parts.append(RETURNS)
+    unknown, most = runs["at_once"].isna().any(), runs["at_once"].max()
+    if unknown or most > 1:
+        shared = "What else some of these machines did is not known. " if unknown else ""
+        shared += f"Up to {most:.0f} of these runs went on one machine at once. " if most > 1 else ""
+        parts.append(f"{shared}So the steps/s compare nothing.\n")
     return "\n".join(parts)
+
+
+def verdict(low, high, words):
+    return words[0] if low > 0 else words[1] if high < 0 else words[2]
+
+
+def differences_section(tables, primary, of, over):
+    """Markdown: the primary question with its answer, then a table of all comparisons."""
+    (tasks, found), parts, rows = primary, [], []
+    if tasks and found["n"] > 1:
+        where = tasks[0] if len(tasks) == 1 else f"{', '.join(tasks)}; normalised, mean over the tasks"
+        answer = "too few pairs of seeds for an answer"
+        if found["n"] >= MIN_SEEDS:
+            answer = verdict(found["low"], found["high"], ["yes", "no, it is smaller", "they cannot be told apart"])
+            answer += f" (p = {found['p']:.2g}, paired t test, not corrected as it is asked first). A true "
+            answer += f"difference of {number(found['effect'])} would have been found in 80 % of cases"
+        parts.append(
+            f"**Primary question** ({where}): is the area of `{of}` larger than that of `{over}`? Difference "
+            f"{with_interval(found['mean'], found['low'], found['high'])}, {plural([found['n']], 'pair')} of seeds: "
+            f"{answer}.\n"
+        )
+    for of_measures in zip(*(table.itertuples() for table in tables.values()), strict=True):
+        first = of_measures[0]
+        if first.n < MIN_SEEDS:
+            continue
+        row = [f"`{first.method}`", first.task, first.n, first.ahead]
+        for each in of_measures:
+            row += [with_interval(each.mean, each.low, each.high), f"{each.p:.2g} ({each.holm:.2g})"]
+        rows.append([*row[:6], number(first.effect), *row[6:]])
+    if rows:
+        head = [f"`{of}` minus", "task", "pairs", "ahead", "area", "p (Holm)", "80 % power"]
+        parts += [markdown([*head, "last three", "p (Holm)", "last one", "p (Holm)"], rows), DIFFERENCES]
+    return "\n".join(parts)
+
+
+def injection_section(found):
+    """Markdown: a line for each method with an injection."""
+    lines = []
+    for of in found:
+        after = of["after"].loc[of["after"].index > of["step"]].mean()  # over the evaluations, a value a seed
+        what = f"- {of['task']}, `{of['method']}` and `{of['parent']}`, injection at step {of['step']:_}: "
+        if of["not_pairs"]:
+            seeds = ", ".join(map(str, of["not_pairs"]))
+            lines.append(f"{what}the runs with seed {seeds} do not agree before it, so are not pairs: left out.\n")
+        if len(after):
+            mean, low, high = cycling.interval(after.to_numpy()[:, None])[:, 0]
+            told = verdict(low, high, ["it helped", "it hurt", "whether it helped cannot be told"])
+            each = ", ".join(map(number, after))
+            lines.append(
+                f"{what}difference of the mean return after it {with_interval(mean, low, high)}: **{told}** (each "
+                f"seed: {each}).\n"
+            )
+    return "\n".join([INJECTION, "".join(lines)]) if lines else ""
 
 
 def events_section(runs):
@@ -494,69 +527,66 @@ def events_section(runs):
     return "\n".join([text, markdown(head, rows)])
 
 
-def aggregate_section(table, left_out):
+def aggregate_section(runs, table, left_out, given):
     lines = [f"Left out: {', '.join(f'{task} ({reason})' for task, reason in left_out.items())}.\n"] if left_out else []
     if table.empty:
-        return "\n".join(["No task that all methods have and that has a normalisation.\n", *lines])
-    text = f"Tasks: {', '.join(table['tasks'][0])}. Normalised score: {SCORE}; {SOURCE}.\n"
+        return "\n".join(["No task with a normalisation and two seeds of all methods that have two seeds.\n", *lines])
+    tasks = table["tasks"][0]
+    text = f"Tasks: {', '.join(tasks)}. Normalised score: {SCORE}; {SOURCE}."
+    text += "".join(f" Given for {task}: {low:g} is 0, {high:g} is 1." for task, (low, high) in given.items())
     rows = []
     for row in table.itertuples():
         values = [(row.iqm, row.iqm_low, row.iqm_high), (row.gap, row.gap_low, row.gap_high)]
         values.append((row.mean, row.mean_low, row.mean_high))
-        rows.append([f"`{row.method}`", row.n])
-        rows[-1] += [f"{value:.3f} ({between(low, high, row.n, '{:.3f}'.format)})" for value, low, high in values]
-    head = ["method", "seeds a task", "IQM", "optimality gap", "mean"]
-    return "\n".join([text, markdown(head, rows), *lines])
-
-
-def seeds_note(runs, tasks):
-    """Says which methods have fewer seeds on some of the tasks, so that only the first ones count."""
+        rows.append([f"`{row.method}`", row.n, *(with_interval(*value, "{:.3f}".format) for value in values)])
     counts = runs[runs["task"].isin(tasks)].groupby(["method", "task"]).size().groupby("method").agg(["min", "max"])
-    fewer = [f"`{row.Index}`: {row.min}" for row in counts.itertuples() if row.min < row.max]
-    note = f"Where a method has more seeds on one task than on another, the first count: {'; '.join(fewer)}.\n"
-    return note if fewer else ""
-
-
-def improvement_section(table, method, methods):
-    without = [f"`{other}`" for other in methods if other not in (method, *table["method"])]
-    note = (
-        f"No probability of improvement, as no task has two seeds of both: {', '.join(without)}.\n" if without else ""
+    if fewer := [f"`{row.Index}`: {row.min}" for row in counts.itertuples() if 1 < row.min < row.max]:
+        lines.append(f"With more seeds on one task than on another, the first count: {'; '.join(fewer)}.\n")
+    return "\n".join(
+        [f"{text}\n", AGGREGATE, markdown(["method", "seeds a task", "IQM", "optimality gap", "mean"], rows), *lines]
     )
-    if table.empty:
-        return "There is only one method, so no probability of improvement.\n" if len(methods) == 1 else note
-    text = (
-        f"Probability that a run of `{method}` ends above a run of the other method, mean over the tasks where both "
-        "have two seeds or more; ties count half. Seeds: on each of these tasks. Where there is an interval, the first "
-        "seeds count, as many as a method has on all of them.\n"
-    )
-    rows = []
-    for row in table.itertuples():
-        few = "too few seeds" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
-        rows.append([f"`{row.method}`", ", ".join(row.tasks), row.n, row.m, f"{row.probability:.2f}", few])
-    head = ["over", "tasks", "its seeds", "the other's", "probability", "95 % interval"]
-    return "\n".join([text, markdown(head, rows), *[note] * bool(note)])
 
 
-def compute(runs, curves, of=None):
-    """-> {section: Markdown}, and the numbers that the pictures show."""
-    methods = methods_of(runs)
-    if of is not None and of not in methods:
-        fail(f"no method {of!r}; there is {', '.join(map(repr, methods))}")
-    of = of or next((name for name in methods if name.startswith("ne_") and " " not in name), methods[0])
-    scores, left_out, each = aggregate(runs)
-    over = improvements(runs, of)
+def latex(sections):
+    """The Markdown tables of {section: text} -> LaTeX, for the package booktabs."""
+    tables = []
+    for section, text in sections.items():
+        for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+            head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+            frame = pd.DataFrame(rows, columns=[name.replace("`", "") for name in head]).replace("`", "", regex=True)
+            tables.append(frame.to_latex(index=False, escape=True, caption=HEADINGS[section]))
+    return "\n".join(tables)
+
+
+def compute(runs, curves, of=None, over=None, given=None):
+    """-> {section: Markdown}, and the numbers that the pictures show.
+
+    of, over: the methods of the primary question; given: {task: returns that count as 0 and as 1}.
+    """
+    methods, given = methods_of(runs), given or {}
+    for method in (of, over):
+        if method is not None and method not in methods:
+            fail(f"no method {method!r}; there is {', '.join(map(repr, methods))}")
+    of = of or methods[0]  # NE's, if there is one
+    others = [name for name in methods if name != of]
+    parents = [name for name in others if name in set(runs["method"][runs["script"].isin(compare.PARENTS)])]
+    over, scale = over or next(iter(parents + others), None), NORMALISATION | given
+    if of == over:
+        fail(f"--of and --over are both {of!r}: give two methods")
+    tables, injected = compare.differences(runs, of), compare.injections(runs, curves)
+    primary = compare.over_tasks(runs, of, over, scale) if over else ([], {})
+    scores, left_out = compare.aggregate(runs, scale)
     sections = {
         "returns": returns_section(runs, curves),
-        "aggregate": aggregate_section(scores, left_out),
-        "improvement": improvement_section(over, of, methods),
+        "differences": differences_section(tables, primary, of, over),
+        "injection": injection_section(injected),
+        "aggregate": aggregate_section(runs, scores, left_out, given),
         "events": events_section(runs),
     }
-    if not scores.empty and (note := seeds_note(runs, scores["tasks"][0])):
-        sections["aggregate"] += "\n" + note
-    return sections, {"aggregate": scores, "each": each, "improvement": over, "of": of}
+    return sections, {"of": of, "differences": tables, "injections": injected, "aggregate": scores}
 
 
-# ===== Pictures; each function returns why there is none, if so =====
+# ===== Pictures; each function gives the figure, or says why there is none =====
 
 
 def styles(methods):
@@ -576,8 +606,8 @@ def grid(number, columns, width=4.2, height=3.2):
     return figure, list(panels.flat[:number])
 
 
-def finish(figure, panels, file, checksum, title, legend=False):
-    """Adds what all pictures have and writes the file, marked with the checksum of its data."""
+def finish(figure, panels, title, legend=False):
+    """Adds what all pictures have -> the figure."""
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -589,17 +619,40 @@ def finish(figure, panels, file, checksum, title, legend=False):
         columns = max(1, across // (8 + max(map(len, entries))))
         figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(entries) / columns) - 1))
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def save(figure, file, checksum, formats):
+    """Writes a figure as PNG, marked with the checksum of its data, and in other formats."""
+    for end in formats:
+        date = {"pdf": "CreationDate", "svg": "Date"}[end]
+        figure.savefig(file.with_suffix(f".{end}"), metadata={date: None})
     figure.savefig(drawn := io.BytesIO(), dpi=100)
     plt.close(figure)
     (info := PngInfo()).add_text("Data", checksum)
     image = Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(file, pnginfo=info, optimize=True)
+    image.save(file.with_suffix(".png"), pnginfo=info, optimize=True)
 
 
 def over_steps(curves, task, method, tag):
-    """A method's curves -> table with a row a step that all seeds have, a column a seed."""
+    """A method's curves -> table with a row a step, a column a seed."""
     chosen = curves[(curves["task"] == task) & (curves["method"] == method) & (curves["tag"] == tag)]
     return chosen.pivot(index="step", columns="seed", values="value")
+
+
+BANDS = f"mean over the seeds, with its 95 % t band from {MIN_SEEDS} seeds on; thin: one seed"
+
+
+def draw_seeds(panel, seeds, style, label=None):
+    """Draws a table with a column a seed: the mean over the seeds, its band, and thin lines where there is no band."""
+    if 1 < seeds.shape[1] < MIN_SEEDS:
+        panel.plot(seeds.index, seeds, **style, linewidth=0.8, alpha=0.6)
+    seeds = seeds.dropna()  # the steps that all seeds have
+    if len(seeds):
+        mean, low, high = cycling.interval(seeds.to_numpy().T)
+        look = style | {"linewidth": 2 if seeds.shape[1] > 1 else 1, "marker": "." if len(seeds) == 1 else None}
+        panel.plot(seeds.index, mean, **look, label=label)
+        panel.fill_between(seeds.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def steps_axis(panel):
@@ -607,99 +660,82 @@ def steps_axis(panel):
     panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
 
 
-def draw_curves(runs, curves, file, checksum):
-    methods, tasks = methods_of(runs), sorted(runs["task"].unique())
-    counts = runs.groupby(["method", "task"]).size()
+def draw_curves(runs, curves):
+    tasks, counts = sorted(runs["task"].unique()), runs.groupby(["method", "task"]).size()
     figure, panels = grid(len(tasks), 3, width=8 if len(tasks) == 1 else 4.2)
     for task, panel in zip(tasks, panels, strict=True):
-        for method, style in styles(methods).items():
-            seeds = over_steps(curves, task, method, "return")
-            if seeds.empty:
-                continue
-            label = f"{method} ({plural(counts[method], 'seed')})"
-            if seeds.shape[1] < MIN_SEEDS:
-                panel.plot(seeds.index, seeds, **style, linewidth=0.8, alpha=0.6)
-            seeds = seeds.dropna()
-            scores = seeds.to_numpy().T[:, None]  # [seeds, 1 task, steps]
-            if len(scores) >= MIN_SEEDS and len(seeds):
-                low, high = interval(lambda x: iqm(x[:, 0], axis=0), scores, reps=BAND_REPS)
-                panel.fill_between(seeds.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
-                panel.plot(seeds.index, iqm(scores[:, 0], axis=0), **style, linewidth=2, label=label)
-            else:
-                panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=2, label=label)
+        for method, style in styles(methods_of(runs)).items():
+            seeds, label = over_steps(curves, task, method, "return"), f"{method} ({plural(counts[method], 'seed')})"
+            if not seeds.empty:
+                draw_seeds(panel, seeds, style, label)
         kind = runs[runs["task"] == task]["returns"].iloc[0]
         panel.set(title=task, ylabel=f"return ({kind})")
         steps_axis(panel)
-    few = "mean over the seeds, each seed thin" if counts.min() < MIN_SEEDS else ""
-    few = "one seed" if counts.max() == 1 else few
-    many = "IQM over the seeds, 95 % bootstrap band" if counts.max() >= MIN_SEEDS else ""
-    either = f"{many}; with fewer than {MIN_SEEDS} seeds: {few}" if few and many else few or many
-    finish(figure, panels, file, checksum, either, legend=True)
+    return finish(figure, panels, BANDS if counts.max() > 1 else "one seed", legend=True)
 
 
-def draw_points(panel, style, methods, values, lows, highs, dots=None):
-    """A row a method: its value with its interval, or hollow, with the runs as dots, where the seeds are too few."""
+def draw_points(panel, style, methods, values, lows, highs):
+    """A row a method: its value with its interval; hollow where the seeds are too few for one."""
     for y, (method, value, low, high) in enumerate(zip(methods, values, lows, highs, strict=True)):
         color = style[method]["color"]
-        few = math.isnan(low)
-        if few and dots is not None:
-            panel.plot(dots[method], np.full(len(dots[method]), y), ".", color=color, alpha=0.6)
-        panel.plot(value, y, "D", color=color, markerfacecolor="white" if few else color)
+        panel.plot(value, y, "D", color=color, markerfacecolor="white" if math.isnan(low) else color)
         panel.hlines(y, low, high, color=color, linewidth=3)
     panel.set_yticks(range(len(methods)), methods)
     panel.set_ylim(len(methods) - 0.4, -0.6)
 
 
-def few_text(table, dots):
-    few = table.filter(regex="low$").isna().any(axis=1)
-    return f"\nhollow: fewer than {MIN_SEEDS} seeds, so no interval{dots}" if few.any() else ""
-
-
-def draw_aggregate(table, each, style, file, checksum):
+def draw_aggregate(table, style):
     if table.empty:
-        return "no task that all methods have and that has a normalisation"
-    methods, tasks = list(table["method"]), table["tasks"][0]
-    figure, panels = grid(2, 2, height=0.35 * len(methods) + 1)
-    dots = {method: scores.ravel() for method, scores in each.items()}
-    draw_points(panels[0], style, methods, table["iqm"], table["iqm_low"], table["iqm_high"], dots)
-    panels[0].set_xlabel("IQM of the normalised score (higher is better)")
-    dots = {method: np.maximum(0, 1 - scores) for method, scores in dots.items()}
-    draw_points(panels[1], style, methods, table["gap"], table["gap_low"], table["gap_high"], dots)
-    panels[1].set_xlabel("optimality gap (lower is better)")
-    panels[1].tick_params(labelleft=False)
-    title = f"normalised score: {SCORE}\n{', '.join(tasks)}{few_text(table, '; dots: each run')}"
-    finish(figure, panels, file, checksum, title)
-
-
-def draw_improvement(table, of, style, file, checksum):
-    if table.empty:
-        return "no two methods with two seeds each on a task"
+        return "no task with a normalisation and two seeds of all methods that have two seeds"
     figure, (panel,) = grid(1, 1, width=7, height=0.35 * len(table) + 0.8)
-    panel.axvline(0.5, color="black", linewidth=1, linestyle="--")
-    draw_points(panel, style, list(table["method"]), table["probability"], table["low"], table["high"])
-    panel.set(xlim=(-0.02, 1.02), xlabel="probability of improvement (0.5: neither is better)")
-    finish(figure, [panel], file, checksum, f"{of} over ...{few_text(table, '')}")
+    draw_points(panel, style, list(table["method"]), table["iqm"], table["iqm_low"], table["iqm_high"])
+    panel.set_xlabel("IQM of the normalised score (higher is better)")
+    few = f"\nhollow: fewer than {compare.BOOTSTRAP_SEEDS} seeds, so no interval" * any(table["iqm_low"].isna())
+    return finish(figure, [panel], f"normalised score: {SCORE}\n{', '.join(table['tasks'][0])}{few}")
 
 
-def draw_neurons(runs, curves, file, checksum):
+def draw_differences(table, of, style):
+    table = table[table["n"] >= MIN_SEEDS]
+    if table.empty:
+        return f"no two methods with {MIN_SEEDS} pairs of seeds on a task"
+    groups = list(table.groupby("task"))
+    figure, panels = grid(len(groups), 1, width=7, height=0.35 * max(len(group) for _, group in groups) + 0.8)
+    for (task, group), panel in zip(groups, panels, strict=True):
+        panel.axvline(0, color="black", linewidth=1, linestyle="--")
+        draw_points(panel, style, list(group["method"]), group["mean"], group["low"], group["high"])
+        panel.set(title=task, xlabel="difference of areas, paired by seed")
+    return finish(figure, panels, f"{of} minus ...: mean and 95 % t interval, not corrected")
+
+
+def draw_injections(found):
+    found = [of for of in found if len(of["after"])]
+    if not found:
+        return "no pairs of a run with an injection and its parent's with the same seed"
+    figure, panels = grid(len(found), 3)
+    for of, panel in zip(found, panels, strict=True):
+        panel.axhline(0, color="black", linewidth=1, linestyle="--")
+        draw_seeds(panel, of["after"], {"color": "C0"})
+        panel.set_title(f"{of['task']}\n{of['method']}", fontsize="medium")
+        panel.set_ylabel("difference of returns")
+        steps_axis(panel)
+    return finish(figure, panels, f"with the injection minus without, from it on, paired by seed; {BANDS}")
+
+
+def draw_neurons(runs, curves):
     if not curves["tag"].isin(NEURONS).any():
         return "nothing about neurons was logged"
-    methods, tasks = methods_of(runs), sorted(runs["task"].unique())
+    tasks = sorted(runs["task"].unique())
     labels = ["dormant share, actor", "dormant share, critics", "density"]
     figure, panels = grid(3 * len(tasks), 3, width=3.5, height=2.4)
     for row, task in enumerate(tasks):
         for panel, tag, label in zip(panels[3 * row :], NEURONS, labels, strict=False):
-            for method, style in styles(methods).items():
-                seeds = over_steps(curves, task, method, tag).dropna()
-                if len(seeds):
-                    dot = "." if len(seeds) == 1 else None
-                    panel.plot(seeds.index, seeds.mean(axis=1), **style, linewidth=1.8, marker=dot, label=method)
-            panel.set(title=task, ylabel=label, ylim=(0, 1.03 if tag == "density" else None))
+            for method, style in styles(methods_of(runs)).items():
+                draw_seeds(panel, over_steps(curves, task, method, tag), style, method)
+            panel.set(title=task, ylabel=label)
+            panel.set_ylim(0, 1.03 if tag == "density" else None)
             steps_axis(panel)
-    title = (
-        "dormant share: hidden neurons with a score of at most 0.1; density: active / all connections; mean over seeds"
-    )
-    finish(figure, panels, file, checksum, title, legend=True)
+    title = f"dormant share: hidden neurons with a score of at most 0.1; density: active / all connections; {BANDS}"
+    return finish(figure, panels, title, legend=True)
 
 
 def varied_arguments(runs):
@@ -708,11 +744,12 @@ def varied_arguments(runs):
     -> list of (task, script, argument, base value or None, table of values and runs).
     """
     found = []
-    for (task, script), group in runs.groupby(["task", runs["method"].str.split().str[0]]):
+    for (task, script), group in runs.groupby(["task", "script"]):
         settings = pd.DataFrame(list(group["settings"].map(json.loads)), index=group.index, dtype=object)
-        usual = {name: most_common(settings[name]) for name in settings}
-        for name in settings:
-            others = [other for other in settings if other != name]
+        usual = {name: most_common(list(settings[name])) for name in settings}
+        usual = {name: value for name, value in usual.items() if settings[name].map(json.dumps).nunique() > 1}
+        for name in usual:
+            others = [other for other in usual if other != name]
             at_base = [all(usual[other] == (row[other], True) for other in others) for _, row in settings.iterrows()]
             values = settings[name][at_base]
             numeric = values.map(lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)).all()
@@ -722,46 +759,56 @@ def varied_arguments(runs):
     return found
 
 
-def draw_sensitivity(found, file, checksum):
+def draw_sensitivity(found):
     if not found:
         return "no numeric argument was varied alone over three values"
     figure, panels = grid(len(found), 3)
     for panel, (task, script, name, base, group) in zip(panels, found, strict=True):
         values = sorted(group["value"].unique())
-        panel.plot(group["value"].map(values.index), group["final_return"], "o", alpha=0.5, label="each seed")
-        means = group.groupby("value")["final_return"].mean()
+        panel.plot(group["value"].map(values.index), group["area"], "o", alpha=0.5, label="each seed")
+        means = group.groupby("value")["area"].mean()
         panel.plot(range(len(values)), [means[value] for value in values], "_k", markersize=18, label="mean")
         if base in values:
             panel.axvline(values.index(base), color="0.5", linestyle=":", label="base value")
         panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        returns = pd.concat([other["final_return"] for of_task, *_, other in found if of_task == task])
-        margin = 0.05 * np.ptp(returns) or 1
-        panel.set(xlim=(-0.5, len(values) - 0.5), ylim=(returns.min() - margin, returns.max() + margin))
-        panel.set(xlabel=name, ylabel=f"final return ({group['returns'].iloc[0]})")
+        areas = pd.concat([other["area"] for of_task, *_, other in found if of_task == task])
+        margin = 0.05 * np.ptp(areas) or 1
+        panel.set(xlim=(-0.5, len(values) - 0.5), ylim=(areas.min() - margin, areas.max() + margin))
+        panel.set(xlabel=name, ylabel=f"area ({group['returns'].iloc[0]})")
         text = f"{plural(group['steps'], 'step')}, {plural(group.groupby('value').size(), 'seed')}"
         panel.set_title(f"{task}, {script}\n{text}", fontsize="medium")
-    finish(figure, panels, file, checksum, "one argument varied, all others at their base value", legend=True)
+    return finish(figure, panels, "one argument varied, all others at their base value", legend=True)
 
 
 # ===== The report =====
 
 
-def draw(folder, of=None):
-    """Writes report.md and the pictures of the CSV files in a folder, into the same -> {section: Markdown}."""
+def draw(folder, of=None, over=None, names=(), given=None, also=()):
+    """Writes report.md and the pictures of the CSV files in a folder, into the same -> {section: Markdown}.
+
+    of, over, given: compute's; names: rename's; also: of "pdf", "svg", "tex", what to write beside.
+    """
     (runs, curves, checksum), sections, missing = load(folder), {}, {}
-    for name in PICTURES:
-        (folder / name).unlink(missing_ok=True)  # one of other data must not stay
     if len(runs):
-        sections, numbers = compute(runs, curves, of)
-        style, over = styles(methods_of(runs)), numbers["improvement"]
-        reasons = [  # why there is no such picture
-            draw_curves(runs, curves, folder / PICTURES[0], checksum),
-            draw_aggregate(numbers["aggregate"], numbers["each"], style, folder / PICTURES[1], checksum),
-            draw_improvement(over, numbers["of"], style, folder / PICTURES[2], checksum),
-            draw_neurons(runs, curves, folder / PICTURES[3], checksum),
-            draw_sensitivity(varied_arguments(runs), folder / PICTURES[4], checksum),
+        runs, curves = rename(compare.measure(runs, curves), curves, names)
+        sections, numbers = compute(runs, curves, of, over, given)
+    for path in (folder / f"{name}.{end}" for name in [*PICTURES, "report"] for end in ("png", "pdf", "svg", "tex")):
+        path.unlink(missing_ok=True)  # one of other data must not stay
+    if len(runs):
+        style = styles(methods_of(runs))
+        figures = [
+            draw_curves(runs, curves),
+            draw_differences(numbers["differences"]["area"], numbers["of"], style),
+            draw_injections(numbers["injections"]),
+            draw_aggregate(numbers["aggregate"], style),
+            draw_neurons(runs, curves),
+            draw_sensitivity(varied_arguments(runs)),
         ]
-        missing = {name: reason for name, reason in zip(PICTURES, reasons, strict=True) if reason}
+        for name, figure in zip(PICTURES, figures, strict=True):
+            if isinstance(figure, str):
+                missing[name] = figure
+            else:
+                save(figure, folder / name, checksum, sorted({"pdf", "svg"} & set(also)))
     if (folder / "cycles.md").exists():
         sections["cycles"] = (folder / "cycles.md").read_text()
     about = "each run, with its command, versions, machine and commit where they are known"
@@ -769,10 +816,13 @@ def draw(folder, of=None):
     for name, heading in HEADINGS.items():
         parts += [f"## {heading}\n", sections[name]] if sections.get(name) else []
     parts.append("## Pictures\n")
-    drawn = [folder / name for name in PICTURES if (folder / name).exists()] + sorted(folder.glob("cycle_*.png"))
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn]
-    parts += [f"Without `{name}`: {reason}.\n" for name, reason in missing.items()]
+    pictures = [folder / f"{name}.png" for name in PICTURES if name not in missing] if len(runs) else []
+    pictures += sorted(folder.glob("cycle_*.png"))
+    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in pictures]
+    parts += [f"Without `{name}.png`: {reason}.\n" for name, reason in missing.items()]
     (folder / "report.md").write_text("\n".join(parts))
+    if "tex" in also:
+        (folder / "report.tex").write_text(latex(sections))
     return sections
 
 
@@ -809,33 +859,52 @@ def fill_pages(pages, results):
         return found["start"] + drawn[name][section] + found["end"]
 
     for page in pages:
-        filled[page] = block.sub(functools.partial(fill, page=page), page.read_text())
+        before = page.read_text()
+        if (text := block.sub(functools.partial(fill, page=page), before)) != before:
+            filled[page] = text
     for page, text in filled.items():
         page.write_text(text)
 
 
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or of runs.csv and curves.csv")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of runs, or of runs.csv and curves.csv")
     parser.add_argument("--out", type=Path, help="folder to write into; default: FOLDER/report, or that of the CSVs")
-    parser.add_argument("--of", metavar="METHOD", help="method whose probability of improvement is shown; default: NE")
+    parser.add_argument("--of", metavar="METHOD", help="method that is compared with all others; default: NE")
+    parser.add_argument("--over", metavar="METHOD", help="its other in the primary question; default: NE's parent")
+    parser.add_argument("--names", nargs="+", default=[], metavar="METHOD=NAME", help="how methods are called")
+    parser.add_argument("--normalise", nargs=3, action="append", default=[], metavar=("TASK", "ZERO", "ONE"),
+                        help="a task's returns that count as 0 and as 1; may be given several times")  # fmt: skip
+    parser.add_argument("--also", nargs="+", choices=["pdf", "svg", "tex"], default=[],
+                        help="beside PNG: pictures as PDF or SVG, tables as LaTeX (report.tex)")  # fmt: skip
     parser.add_argument("--unfinished", action="store_true", help="take in runs that ended before most of their task")
     parser.add_argument("--readme", action="store_true", help="redraw what the pages show, put the tables there")
     args = parser.parse_args(words)
     if args.readme:
         pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
         return fill_pages(pages, ROOT / "benchmark" / "results")
-    if args.folder is None or not args.folder.is_dir():
-        fail(f"there is no folder {args.folder}; give that of your runs" if args.folder else "give a folder of runs")
-    published = all((args.folder / name).exists() for name in ("runs.csv", "curves.csv"))
-    out = args.out or (args.folder if published else args.folder / "report")
-    if not published:
-        collect(args.folder, out, args.unfinished)
-    elif out.resolve() != args.folder.resolve():
+    if not args.folders:
+        fail("give a folder of runs")
+    for folder in args.folders:
+        if not folder.is_dir():
+            fail(f"there is no folder {folder}; give that of your runs")
+    try:
+        given = {task: (float(low), float(high)) for task, low, high in args.normalise}
+    except ValueError as error:
+        fail(f"--normalise: {error}")
+    if odd := [task for task, ends in given.items() if not np.isfinite(ends).all() or ends[0] == ends[1]]:
+        fail(f"--normalise: {odd[0]} needs two different numbers")
+    first, alone = args.folders[0], len(args.folders) == 1
+    if not alone and not args.out:
+        fail("several folders need --out, the folder to write into")
+    out = args.out or (first if is_published(first) else first / "report")
+    if not alone or not is_published(first):
+        collect(args.folders, out, args.unfinished)
+    elif out.resolve() != first.resolve():
         out.mkdir(parents=True, exist_ok=True)
-        for path in [*args.folder.glob("*.csv"), *args.folder.glob("cycle*")]:
+        for path in [*first.glob("*.csv"), *first.glob("cycle*")]:
             shutil.copyfile(path, out / path.name)
-    draw(out, args.of)
+    draw(out, args.of, args.over, args.names, given, args.also)
     print(f"{out / 'report.md'}, with its pictures and CSV files")
 
 

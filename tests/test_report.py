@@ -9,17 +9,18 @@ import pytest
 from harness import ROOT, events, load_script
 from PIL import Image
 from rliable import metrics
+from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 report = load_script(ROOT / "benchmark" / "report.py")
+compare = report.compare
 NE, TD3 = "ne_td3_continuous", "td3_continuous"
 CHEETAH, HOPPER = "HalfCheetah-v4", "Hopper-v4"
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(report, "REPS", 300)
-    monkeypatch.setattr(report, "BAND_REPS", 50)
+    monkeypatch.setattr(compare, "REPS", 300)
 
 
 def write_events(folder, logs, start=0.0):
@@ -43,8 +44,14 @@ def write_run(runs, task, script, seed, final, time=1700000000, last=1000, logs=
 
 def read(runs, **options):
     """Collects the runs -> runs, curves, as they stand in the CSV files."""
-    report.collect(runs, runs / "report", **options)
+    report.collect([runs], runs / "report", **options)
     return report.load(runs / "report")[:2]
+
+
+def measured(runs, **options):
+    """As read, with what the runs are worth."""
+    runs, curves = read(runs, **options)
+    return compare.measure(runs, curves), curves
 
 
 def rows(section, first):
@@ -53,11 +60,11 @@ def rows(section, first):
     return [row for row in table if row[0] == first]
 
 
-def some_runs(folder, seeds=2):
-    """NE and TD3 on two tasks, with neurons -> the folder."""
+def some_runs(folder, seeds=2, tasks=((CHEETAH, 1000), (HOPPER, 100))):
+    """NE and TD3 on some tasks, with returns about so large, and with neurons -> the folder."""
     neurons = {"neurons/actor/dormant_ratio_0.1": 0.3, "neurons/qf1/dormant_ratio_0.1": 0.1}
     neurons |= {"neurons/qf2/dormant_ratio_0.1": 0.2}
-    for task, size in ((CHEETAH, 1000), (HOPPER, 100)):
+    for task, size in tasks:
         for script, better in ((NE, 1.5), (TD3, 1)):
             for seed in range(1, seeds + 1):
                 final = size * better * seed
@@ -74,51 +81,151 @@ def test_the_quick_iqm_is_rliables_and_the_mean_of_the_middle_half():
     random = np.random.default_rng(0)
     for shape in [(5, 1), (8, 1), (5, 5), (7, 3), (1, 1), (3, 1)]:
         scores = random.normal(size=shape)
-        assert report.iqm(scores) == pytest.approx(metrics.aggregate_iqm(scores))
+        assert compare.iqm(scores) == pytest.approx(metrics.aggregate_iqm(scores))
         middle = sorted(scores.ravel())[scores.size // 4 : scores.size - scores.size // 4]
-        assert report.iqm(scores) == pytest.approx(sum(middle) / len(middle))
-    curves = random.normal(size=(6, 4))
-    np.testing.assert_allclose(report.iqm(curves, axis=0), [metrics.aggregate_iqm(curves[:, [i]]) for i in range(4)])
+        assert compare.iqm(scores) == pytest.approx(sum(middle) / len(middle))
 
 
-def test_the_quick_probability_of_improvement_is_rliables_and_counts_the_pairs_with_ties_as_half():
-    random = np.random.default_rng(1)
-    for n, m, tasks in [(2, 2, 1), (5, 6, 3), (4, 3, 2)]:
-        x, y = random.integers(0, 4, (n, tasks)) * 1.0, random.integers(0, 4, (m, tasks)) * 1.0
-        won = [(a > b) + (a == b) / 2 for task in range(tasks) for a in x[:, task] for b in y[:, task]]
-        assert report.improvement(x, y) == pytest.approx(sum(won) / len(won))
-        assert report.improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+def test_the_area_is_the_mean_of_the_evaluations_after_learning_starts_beside_the_last_three_and_the_last(tmp_path):
+    steps, values = range(100, 1001, 100), [5.0, 900, -30, 70, 10, 40, 20, 80, 60, 90]
+    logs = {"eval/episodic_return": list(zip(steps, values, strict=True))}
+    write_run(tmp_path, CHEETAH, NE, 1, 0, logs=logs, learning_starts=200)
+    write_run(tmp_path, CHEETAH, NE, 2, 0, logs=logs, learning_starts=1000)  # none after it: the last one stands
+    write_run(tmp_path, CHEETAH, "other", 1, 0, logs=logs, own=False)  # nothing is known: all of them
+    runs, _ = measured(tmp_path)
+    runs = runs.set_index(["script", "seed"])
+    assert runs.loc[(NE, 1), "area"] == pytest.approx(sum(values[2:]) / 8)
+    assert runs.loc[(NE, 2), "area"] == 90 and runs.loc[("other", 1), "area"] == pytest.approx(sum(values) / 10)
+    assert runs["last_three"].tolist() == pytest.approx([(80 + 60 + 90) / 3] * 3) and (runs["last_one"] == 90).all()
 
 
-def test_a_table_gives_each_seed_and_from_five_seeds_on_the_iqm_with_an_interval_around_it(tmp_path):
+def test_a_table_gives_each_seeds_area_and_from_three_seeds_on_the_t_interval_of_the_mean(tmp_path):
     values = [100.0, 900, 300, 500, 700, 200, 400, 4000]
     for seed, value in enumerate(values, 1):
         write_run(tmp_path, CHEETAH, NE, seed, value)
-    for seed in (1, 2, 3, 4):
+    for seed in (1, 2):
         write_run(tmp_path, CHEETAH, TD3, seed, 100.0 * seed)
-    sections, _ = report.compute(*read(tmp_path))
-    ((_, n, mean, each, iqm, *_),) = rows(sections["returns"], f"`{NE}`")
-    assert (n, mean) == ("8", f"{np.mean(values):.0f}")
-    assert each == "100, 900, 300, 500, 700, 200, 400, 4000"
-    middle, low, high = (float(word) for word in iqm.replace("(", "").replace(")", "").replace("to", "").split())
-    assert middle == (300 + 400 + 500 + 700) / 4
-    assert 100 <= low < middle < high <= 4000
-    ((_, n, mean, each, iqm, *_),) = rows(sections["returns"], f"`{TD3}`")
-    assert (n, mean, each, iqm) == ("4", "250", "100, 200, 300, 400", "too few seeds")
-    assert "**HalfCheetah-v4**, 1_000 steps. Return of the last evaluation" in sections["returns"]
+    write_run(tmp_path, CHEETAH, "one", 1, 300.0)
+    sections, _ = report.compute(*measured(tmp_path))
+    areas = np.array(values) / 2  # of evaluations 0, half, all
+    low, high = stats.t.interval(0.95, 7, areas.mean(), stats.sem(areas))
+    ((_, n, area, each, three, one, *_),) = rows(sections["returns"], f"`{NE}`")
+    assert (n, area) == ("8", f"{areas.mean():.0f} ({report.number(low)} to {high:.0f})")
+    assert each == "50, 450, 150, 250, 350, 100, 200, 2000"
+    assert three == f"{areas.mean():.0f}" and one == f"{np.mean(values):.0f}"
+    ((_, n, area, each, *_),) = rows(sections["returns"], f"`{TD3}`")
+    assert (n, area, each) == ("2", "75 (too few seeds)", "50, 100")
+    assert rows(sections["returns"], "`one`")[0][1:4] == ["1", "150", "150"]
+    assert "**HalfCheetah-v4**, 1_000 steps. Return of the evaluations" in sections["returns"]
 
 
-def test_bootstrap_intervals_are_the_same_each_time_and_those_of_a_plain_bootstrap():
+def test_bootstrap_intervals_are_the_same_each_time_and_those_of_a_plain_bootstrap(monkeypatch):
     scores = np.random.default_rng(2).normal(size=(6, 2))
+    monkeypatch.setattr(compare, "REPS", 4000)
 
     def mean(x):
         return np.array([x.mean()])
 
-    ends = report.interval(mean, scores, reps=4000)[:, 0]
-    np.testing.assert_array_equal(ends, report.interval(mean, scores, reps=4000)[:, 0])
+    ends = compare.bootstrap(mean, scores)[:, 0]
+    np.testing.assert_array_equal(ends, compare.bootstrap(mean, scores)[:, 0])
     drawn = np.random.default_rng(3).integers(0, 6, (4000, 6, 2))  # each task's seeds apart
     means = scores[drawn, [0, 1]].mean((1, 2))
     np.testing.assert_allclose(ends, np.percentile(means, [2.5, 97.5]), atol=0.04)
+    assert np.isnan(compare.bootstrap(mean, scores[:4])).all()
+
+
+def test_differences_are_those_of_a_paired_t_test_over_the_seeds_of_both():
+    random = np.random.default_rng(4)
+    for n in (3, 5, 10):
+        x, y = pd.Series(random.normal(1, 2, n + 1), range(n + 1)), pd.Series(random.normal(size=n), range(1, n + 1))
+        found, d = compare.paired(x, y), x.to_numpy()[1:] - y.to_numpy()  # x's seed 0 has no pair
+        half = stats.t.ppf(0.975, n - 1) * d.std(ddof=1) / np.sqrt(n)
+        assert found["n"] == n and found["p"] == pytest.approx(stats.ttest_rel(x[1:], y).pvalue)
+        np.testing.assert_allclose([found[k] for k in ("mean", "low", "high")], d.mean() + half * np.array([0, -1, 1]))
+
+        of, end = found["effect"] / d.std(ddof=1) * np.sqrt(n), stats.t.ppf(0.975, n - 1)
+        power = stats.nct.sf(end, n - 1, of) + np.nan_to_num(stats.nct.cdf(-end, n - 1, of))
+        assert power == pytest.approx(0.8, abs=1e-4)
+    few = compare.paired(x[:3], y)
+    assert few["n"] == 2 and all(np.isnan(few[name]) for name in ("low", "high", "p", "effect"))
+    alike = compare.paired(y, y)
+    assert (alike["mean"], alike["low"], alike["high"], alike["p"], alike["effect"]) == (0, 0, 0, 1, 0)
+
+
+def test_p_values_are_corrected_by_holm_over_the_comparisons_of_the_table():
+    random = np.random.default_rng(5)
+    names = [NE, "a", "b", "c"]
+    runs = pd.DataFrame([(CHEETAH, name, seed) for name in names for seed in range(6)], columns=compare.RUN)
+    for name in compare.MEASURES:
+        runs[name] = random.normal(size=24) + 1.5 * (runs["method"] == NE)
+    runs = pd.concat([runs, runs[:1].assign(method="once")])
+    for name, table in compare.differences(runs, NE).items():
+        of = {method: group.set_index("seed")[name] for method, group in runs.groupby("method")}
+        p = {method: stats.ttest_rel(of[NE], of[method]).pvalue for method in names[1:]}
+        holm, worst = {}, 0.0
+        for rank, method in enumerate(sorted(p, key=p.get)):  # the smallest times 3, the next times 2, ...
+            worst = holm[method] = max(worst, min(1.0, (3 - rank) * p[method]))
+        table = table.set_index("method")
+        assert list(table.index) == ["a", "b", "c", "once"]
+        np.testing.assert_allclose(table.loc[names[1:], "holm"], [holm[method] for method in names[1:]])
+        assert np.isnan(table.loc["once", "holm"]) and np.isnan(table.loc["once", "p"])
+        ahead = sum(x > y for x in of[NE] for y in of["b"])
+        assert table.loc["b", "ahead"] == f"{ahead} of 36"
+
+
+def test_the_published_comparison_gives_the_known_numbers():
+    """Of NE, its three ablations, TD3 and static sparse networks, five seeds each, as scipy computes them."""
+    runs, curves, _ = report.load(ROOT / "benchmark" / "results" / "td3_100k")
+    runs = compare.measure(runs, curves)
+    runs = runs[~runs["method"].str.contains("grow=False review=False")]
+    tables = {name: table.set_index("method") for name, table in compare.differences(runs, NE).items()}
+    area, last = ({name: compare.by_seed(runs, CHEETAH, name, of) for name in runs["method"]} for of in compare.MEASURES
+                  if of != "last_three")  # fmt: skip
+    static = "static_sparse_td3_continuous"
+    assert [round(area[name].mean()) for name in (NE, static, TD3)] == [2360, 2259, 2296]
+    assert tables["area"].loc[static, "ahead"] == "18 of 25"
+    assert stats.mannwhitneyu(area[NE], area[static]).pvalue == pytest.approx(0.31, abs=0.005)
+    assert stats.mannwhitneyu(last[NE], last[static]).pvalue == pytest.approx(0.016, abs=0.0005)
+    assert tables["last_one"].loc[static, ["p", "holm"]].tolist() == pytest.approx([0.0157, 0.063], abs=0.0005)
+    assert tables["area"]["p"].notna().sum() == 5
+
+
+def test_one_primary_question_stands_above_the_table_and_a_method_with_one_seed_has_no_row(tmp_path):
+    finals = {NE: [500.0, 600, 700, 800], TD3: [100.0, 180, 320, 380], "one_td3": [9000.0]}
+    for script, values in finals.items():
+        for seed, value in enumerate(values, 1):
+            write_run(tmp_path, CHEETAH, script, seed, value)
+    tables = measured(tmp_path)
+    sections, numbers = report.compute(*tables)
+    text, d = sections["differences"], (np.array(finals[NE]) - finals[TD3]) / 2
+    low, high = stats.t.interval(0.95, 3, d.mean(), stats.sem(d))
+    assert text.startswith(f"**Primary question** (HalfCheetah-v4): is the area of `{NE}` larger than that of `{TD3}`?")
+    assert f"Difference {d.mean():.0f} ({low:.0f} to {high:.0f}), 4 pairs of seeds: yes (p = " in text
+    assert f"A true difference of {report.number(numbers['differences']['area']['effect'][0])} would have" in text
+    assert text.index("Primary question") < text.index(f"| `{NE}` minus") and not rows(text, "`one_td3`")
+    row = rows(text, f"`{TD3}`")[0]
+    p = stats.ttest_1samp(d, 0).pvalue
+    assert row[1:6] == [CHEETAH, "4", "16 of 16", f"{d.mean():.0f} ({low:.0f} to {high:.0f})", f"{p:.2g} ({p:.2g})"]
+    assert "no, it is smaller" in report.compute(*tables, of=TD3, over=NE)[0]["differences"]
+    assert "Primary question" not in report.compute(*tables, over="one_td3")[0]["differences"]  # one pair: no answer
+    write_run(tmp_path, CHEETAH, "one_td3", 2, 1.0)
+    assert "too few pairs of seeds" in report.compute(*measured(tmp_path), over="one_td3")[0]["differences"]
+
+
+def test_over_several_tasks_the_primary_question_is_of_the_mean_normalised_difference(tmp_path):
+    random, given = np.random.default_rng(6), {CHEETAH: (100.0, 300.0), HOPPER: (0.0, 10.0)}
+    values = {(task, name): random.normal(size=4) for task in (CHEETAH, HOPPER, "Pendulum-v1") for name in (NE, TD3)}
+    for (task, name), of in values.items():
+        for seed, value in enumerate(of, 1):
+            write_run(tmp_path, task, name, seed, value)
+    runs, _ = measured(tmp_path)
+    tasks, found = compare.over_tasks(runs, NE, TD3, given)
+    d = {task: (values[task, NE] - values[task, TD3]) / 2 for task in given}
+    d = (d[CHEETAH] / 200 + d[HOPPER] / 10) / 2
+    assert tasks == [CHEETAH, HOPPER]  # Pendulum has no normalisation
+    assert found["mean"] == pytest.approx(d.mean(), rel=1e-4)  # the CSV file has six digits
+    assert found["p"] == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=1e-4)
+    assert compare.over_tasks(runs, NE, TD3, {})[0] == []
 
 
 def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_first_seeds(tmp_path):
@@ -127,54 +234,109 @@ def test_the_aggregate_is_over_normalised_tasks_that_all_methods_have_with_the_f
         (HOPPER, NE): [1000.0, 2000],
         (CHEETAH, TD3): [4000.0, 2000],
         (HOPPER, TD3): [500.0, 4000],
+        (CHEETAH, "once"): [99999.0],
         ("Ant-v4", NE): [1.0, 2.0],
-        ("Pendulum-v1", NE): [-150.0],
-        ("Pendulum-v1", TD3): [-150.0],
+        ("Pendulum-v1", NE): [-150.0, -160.0],
+        ("Pendulum-v1", TD3): [-150.0, -160.0],
     }
     for (task, script), values in returns.items():
         for seed, value in enumerate(values, 1):
             write_run(tmp_path, task, script, seed, value)
-    runs, curves = read(tmp_path)
+    runs, curves = measured(tmp_path)
     sections, _ = report.compute(runs, curves)
     for method in (NE, TD3):
         scores = []
         for task, (low, high) in ((CHEETAH, (-289.415, 10574)), (HOPPER, (18.791, 3226))):
-            scores += [(value - low) / (high - low) for value in returns[task, method][:2]]
+            scores += [(value / 2 - low) / (high - low) for value in returns[task, method][:2]]
         gap = sum(max(0, 1 - score) for score in scores) / 4
         iqm, mean = sum(sorted(scores)[1:3]) / 2, sum(scores) / 4
         expected = [f"{value:.3f} (too few seeds)" for value in (iqm, gap, mean)]
         assert rows(sections["aggregate"], f"`{method}`") == [[f"`{method}`", "2", *expected]]
+    assert not rows(sections["aggregate"], "`once`")  # one seed has no rank
     assert "Tasks: HalfCheetah-v4, Hopper-v4." in sections["aggregate"]
-    assert "Left out: Ant-v4 (no runs of td3_continuous), Pendulum-v1 (no normalisation)." in sections["aggregate"]
+    left = "Left out: Ant-v4 (not two seeds of td3_continuous), Pendulum-v1 (no normalisation)."
+    assert left in sections["aggregate"]
     assert f"more seeds on one task than on another, the first count: `{NE}`: 2." in sections["aggregate"]
     assert "SimbaV2" in sections["aggregate"] and "not checked against the paper" in sections["aggregate"]
-
-    # without an interval all runs count, also where a method has more of them on one task; a tie is half; one seed of
-    # each, as on Pendulum, says nothing
-    shares = []
-    for task in (CHEETAH, HOPPER):
-        pairs = [(x, y) for x in returns[task, NE] for y in returns[task, TD3]]
-        shares.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
-    ((_, tasks, own, others, probability, interval),) = rows(sections["improvement"], f"`{TD3}`")
-    assert tasks == "HalfCheetah-v4, Hopper-v4" and (own, others) == ("3 + 2", "2 + 2")
-    assert float(probability) == pytest.approx(np.mean(shares), abs=0.006)
-    assert interval == "too few seeds"
+    assert "about 90 % with five seeds" in sections["aggregate"]
+    given = report.compute(runs, curves, given={"Pendulum-v1": (-1200, -150)})[0]["aggregate"]
+    assert "Tasks: HalfCheetah-v4, Hopper-v4, Pendulum-v1." in given and "-1200 is 0, -150 is 1." in given
 
 
-def test_with_five_seeds_the_aggregate_and_the_improvement_have_intervals_around_their_values(tmp_path):
-    random = np.random.default_rng(4)
-    values = {script: random.uniform(1000, 9000, 6) for script in (NE, TD3)}
-    for script in values:
-        for seed, value in enumerate(values[script], 1):
-            write_run(tmp_path, CHEETAH, script, seed, float(value))
-    _, numbers = report.compute(*read(tmp_path))
-    for row in numbers["aggregate"].itertuples():
-        assert row.iqm_low < row.iqm < row.iqm_high and row.gap_low < row.gap < row.gap_high
-        assert row.mean_low < row.mean < row.mean_high
-    (row,) = numbers["improvement"].itertuples()
-    pairs = [a > b for a in values[NE] for b in values[TD3]]
-    assert row.probability == pytest.approx(np.mean(pairs))
-    assert 0 <= row.low < row.probability < row.high <= 1
+def test_with_five_seeds_the_aggregate_has_intervals_around_its_values(tmp_path):
+    for seed, value in enumerate(np.random.default_rng(4).uniform(1000, 9000, 6), 1):
+        write_run(tmp_path, CHEETAH, NE, seed, float(value))
+    (row,) = report.compute(*measured(tmp_path))[1]["aggregate"].itertuples()
+    assert row.iqm_low < row.iqm < row.iqm_high and row.gap_low < row.gap < row.gap_high
+    assert row.mean_low < row.mean < row.mean_high
+
+
+# ===== Injection =====
+
+INJECTION = "injection_td3_continuous"
+
+
+def write_pair(runs, seed, effect, before=0.0, **args):
+    """Writes a run of TD3 and one with an injection at step 500 whose return differs by `effect` after it."""
+    random, steps = np.random.default_rng(seed), range(100, 1001, 100)
+    curve = random.normal(100, 10, 10)
+    other = [value + (effect if step > 500 else before) for step, value in zip(steps, curve, strict=True)]
+    for script, values in ((TD3, curve), (INJECTION, other)):
+        dormant = [(step, 0.25 if step < 500 or script == TD3 else 0.5) for step in steps]
+        logs = {
+            "eval/episodic_return": list(zip(steps, values, strict=True)),
+            "neurons/actor/dormant_ratio_0.1": dormant,
+        }
+        write_run(runs, CHEETAH, script, seed, 0, logs=logs, **(args if script == INJECTION else {}))
+
+
+def test_an_injections_effect_is_the_difference_to_its_parents_run_with_the_same_seed_after_it(tmp_path):
+    effects = {1: 30.0, 2: 50.0, 3: 70.0, 4: 20.0}
+    for seed, effect in effects.items():
+        write_pair(tmp_path, seed, effect)
+    write_run(tmp_path, CHEETAH, TD3, 9, 1.0)  # without a partner
+    (found,) = compare.injections(*measured(tmp_path))
+    assert (found["method"], found["parent"], found["step"], found["not_pairs"]) == (INJECTION, TD3, 500, [])
+    assert list(found["after"].index) == [500, 600, 700, 800, 900, 1000] and list(found["after"]) == [1, 2, 3, 4]
+    np.testing.assert_allclose(found["after"].loc[600:], [list(effects.values())] * 5, atol=2e-3)  # CSV: six digits
+    assert (found["after"].loc[500] == 0).all()
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report" / "report.md").read_text()
+    of = list(effects.values())
+    low, high = stats.t.interval(0.95, 3, np.mean(of), stats.sem(of))
+    assert f"injection at step 500: difference of the mean return after it {np.mean(of):.1f}".rstrip("0.") in text
+    assert f"({low:.3g} to {high:.3g}): **it helped** (each seed: 30, 50, 70, 20)." in text
+    assert "](injection.png)" in text
+
+
+def test_what_an_injection_did_is_told_by_its_interval_alone(tmp_path):
+    for name, effects, told in (
+        ("hurt", (-30, -50, -40), "it hurt"),
+        ("unclear", (-30, 50, 40), "cannot be told"),
+        ("few", (30, 31), "(too few seeds): **whether it helped cannot be told**"),
+    ):
+        for seed, effect in enumerate(effects, 1):
+            write_pair(tmp_path / name, seed, effect, injection_step=[700, 500], inject="critic")
+        runs, curves = measured(tmp_path / name)
+        assert compare.injections(runs, curves)[0]["step"] == 500
+        assert told in report.compute(runs, curves)[0]["injection"]
+
+
+def test_runs_that_do_not_agree_before_the_injection_are_not_pairs(tmp_path):
+    write_pair(tmp_path, 1, 30.0)
+    write_pair(tmp_path, 2, 30.0, before=1.0)
+    runs, curves = measured(tmp_path)
+    (found,) = compare.injections(runs, curves)
+    assert found["not_pairs"] == [2] and list(found["after"]) == [1]
+    assert "the runs with seed 2 do not agree before it, so are not pairs: left out" in report.injection_section(
+        [found]
+    )
+    neurons = curves[(curves["tag"] == "dormant_actor") & (curves["step"] < 500)].index
+    curves.loc[neurons[0], "value"] += 0.125  # one look at the neurons is enough to tell
+    assert compare.injections(runs, curves)[0]["not_pairs"] == [1, 2]
+    other = tmp_path / "other"
+    write_pair(other, 1, 30.0, omega=0.1)  # another argument: there is no parent
+    assert compare.injections(*measured(other)) == []
 
 
 # ===== From event files =====
@@ -205,9 +367,9 @@ def test_runs_without_evaluations_make_the_whole_task_use_training_returns_in_tw
     curve = curves[curves["method"] == "td3_continuous_action"]
     assert set(curve["tag"]) == {"return"}
     np.testing.assert_allclose(curve[["step", "value"]], expected, rtol=1e-5)
-    sections, _ = report.compute(*read(tmp_path))
+    sections, _ = report.compute(*measured(tmp_path))
     assert "**HalfCheetah-v4**, 1_000 steps. Training return, with exploration noise" in sections["returns"]
-    assert "**Hopper-v4**, 1_000 steps. Return of the last evaluation" in sections["returns"]
+    assert "**Hopper-v4**, 1_000 steps. Return of the evaluations" in sections["returns"]
 
 
 def test_a_resumed_runs_event_files_are_one_curve_and_their_times_are_summed(tmp_path):
@@ -257,12 +419,12 @@ def test_neuron_curves_are_means_over_the_networks_and_thinned_with_their_ends_k
 
 
 def test_the_table_has_the_mean_of_the_last_look_at_the_neurons_and_the_median_speed(tmp_path):
-    runs, curves = read(some_runs(tmp_path))
+    runs, curves = measured(some_runs(tmp_path))
     runs["wall_clock_s"], runs["steps_per_s"] = 600 * runs["seed"], 100 * runs["seed"]
     sections, _ = report.compute(runs, curves)
     for row in rows(sections["returns"], f"`{TD3}`"):  # 0.3, and the mean of 0.1 and 0.2; times seeds 1 and 2
-        assert row[5:8] == ["0.450", "0.225", "-"]
-        assert row[8:] == ["150", "15"]
+        assert row[6:9] == ["0.450", "0.225", "-"]
+        assert row[9:] == ["150", "15"]
 
 
 def test_what_the_events_did_is_counted_over_networks_and_events_and_stands_for_ne_alone(tmp_path):
@@ -318,9 +480,10 @@ def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_comm
         (HOPPER, NE, 1),
     }
     settings = runs.set_index(["task", "method", "seed"])["settings"].map(json.loads)
-    assert settings[CHEETAH, NE, 1] == {"omega": 0.5, "grow": True}
-    assert settings[CHEETAH, f"{NE} omega=0.1 grow=False", 5] == {"omega": 0.1, "grow": False}
-    assert settings[HOPPER, NE, 1] == {}
+    usual = {"total_timesteps": 1000, "omega": 0.5, "grow": True}  # all that makes the method, so that it can be merged
+    assert settings[CHEETAH, NE, 1] == usual
+    assert settings[CHEETAH, f"{NE} omega=0.1 grow=False", 5] == usual | {"omega": 0.1, "grow": False}
+    assert settings[HOPPER, NE, 1] == usual | {"omega": 7}
 
 
 def test_no_two_of_twenty_methods_are_drawn_alike_and_titles_fit_into_their_pictures(tmp_path, monkeypatch):
@@ -333,15 +496,25 @@ def test_no_two_of_twenty_methods_are_drawn_alike_and_titles_fit_into_their_pict
             write_run(tmp_path, CHEETAH, script, seed, 1000.0 * seed)
     read(tmp_path)
     report.draw(tmp_path / "report")
-    assert len(drawn) == 3  # curves, aggregate, improvement
+    assert len(drawn) == 2  # curves, aggregate
     for figure in drawn:
         title = figure._suptitle.get_window_extent()
         assert title.x0 >= 0 and title.x1 <= figure.bbox.width
 
 
 def test_methods_stand_in_order_ne_first_then_td3_and_settings_by_their_size():
-    order = [NE, f"{NE} omega=0.5", f"{NE} omega=10", TD3, f"{TD3} grow=False", "redo_td3_continuous", "zzz"]
-    assert report.methods_of(pd.DataFrame({"method": order[::-1] + order})) == order
+    order = [
+        NE,
+        f"{NE} omega=0.5",
+        f"{NE} omega=10",
+        "ne_layer_norm_td3_continuous",
+        TD3,
+        f"{TD3} grow=False",
+        "redo_td3_continuous",
+        "zzz",
+    ]
+    assert sorted(order, key=compare.methods_order) == order
+    assert compare.methods_of(pd.DataFrame({"method": order + order[::-1]})) == order
 
 
 def test_of_runs_with_the_same_seed_the_furthest_then_the_newest_counts(tmp_path, capsys):
@@ -371,7 +544,7 @@ def test_an_unfinished_run_counts_only_with_unfinished(tmp_path, capsys):
     assert capsys.readouterr().err == f"left out {short}: at step 996 of 1000; --unfinished takes it in\n"
     runs, _ = read(tmp_path, unfinished=True)
     assert runs["seed"].tolist() == [1, 2, 3]
-    assert "996 to 1_000 steps" in report.compute(*read(tmp_path, unfinished=True))[0]["returns"]
+    assert "996 to 1_000 steps" in report.compute(*measured(tmp_path, unfinished=True))[0]["returns"]
 
 
 def test_interrupted_runs_are_no_result_even_where_none_has_ended(tmp_path, capsys):
@@ -404,7 +577,8 @@ def test_what_cannot_be_used_is_skipped_with_a_line_each(tmp_path, capsys):
     broken.mkdir()
     (broken / "events.out.tfevents.1.x").write_bytes(b"this is no event file" * 100)
     reasons = {odd: "its name is not", mute: "no charts/episodic_return", broken: "no scalars"}
-    for seed, content in enumerate(["{", "[1]", '{"seed": null}', '{"total_timesteps": "many"}', '{"env_ids": 3}'], 4):
+    odd_arguments = ['{"seed": null}', '{"total_timesteps": "many"}', '{"env_ids": 3}', '{"learning_starts": "late"}']
+    for seed, content in enumerate(["{", "[1]", *odd_arguments, '{"injection_step": ["soon"]}'], 4):
         folder = write_run(tmp_path, CHEETAH, NE, seed, 10.0)
         (folder / "args.json").write_text(content)
         reasons[folder] = "args.json cannot be read" if seed < 6 else ""
@@ -473,7 +647,7 @@ def test_the_jobs_command_versions_machine_and_commit_stand_in_runs_csv(tmp_path
 def test_the_report_may_go_into_any_folder_and_is_not_taken_for_runs(tmp_path, out):
     write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
     write_run(tmp_path / "runs" / "report", CHEETAH, NE, 2, 10.0)
-    report.collect(tmp_path / "runs", tmp_path / out)
+    report.collect([tmp_path / "runs"], tmp_path / out)
     assert len(report.load(tmp_path / out)[0]) == (1 if out == "runs/report" else 2)
 
 
@@ -481,10 +655,10 @@ def test_the_report_may_go_into_any_folder_and_is_not_taken_for_runs(tmp_path, o
 
 
 def test_a_published_result_is_drawn_again_from_its_csv_files_alone_to_the_same_bytes(tmp_path, capsys):
-    some_runs(tmp_path / "runs", seeds=5)
+    some_runs(tmp_path / "runs", seeds=5, tasks=[(CHEETAH, 1000)])
     report.main([str(tmp_path / "runs")])
     drawn, again, other = tmp_path / "runs" / "report", tmp_path / "results" / "first", tmp_path / "other"
-    names = ["learning_curves.png", "aggregate.png", "improvement.png", "neurons.png", "report.md"]
+    names = ["learning_curves.png", "differences.png", "aggregate.png", "neurons.png", "report.md"]
     assert sorted(path.name for path in drawn.iterdir()) == sorted([*names, "runs.csv", "curves.csv"])
     again.mkdir(parents=True)
     for name in ("runs.csv", "curves.csv"):
@@ -502,19 +676,103 @@ def test_a_published_result_is_drawn_again_from_its_csv_files_alone_to_the_same_
             assert (again / name).stat().st_size < 150_000
             assert f"]({name})" in (again / "report.md").read_text()
     assert report.draw(again)["returns"] in (again / "report.md").read_text()
-    report.collect(tmp_path / "runs", other)
+    report.collect([tmp_path / "runs"], other)
     for name in ("runs.csv", "curves.csv"):
         assert (other / name).read_bytes() == (drawn / name).read_bytes()
     assert capsys.readouterr().err == ""
 
 
-def test_with_one_method_there_is_no_improvement_and_without_a_common_task_no_aggregate(tmp_path):
+def test_with_one_method_and_seed_there_is_no_comparison_and_no_aggregate(tmp_path):
     write_run(tmp_path, "Pendulum-v1", TD3, 1, -150.0)
     report.main([str(tmp_path)])
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "There is only one method" in text and "No task that all methods have" in text
-    for name in ("aggregate.png", "improvement.png", "neurons.png", "sensitivity.png"):
+    assert "## Differences" not in text and "No task with a normalisation and two seeds" in text
+    for name in ("differences.png", "aggregate.png", "injection.png", "neurons.png", "sensitivity.png"):
         assert f"Without `{name}`: " in text and not (tmp_path / "report" / name).exists()
+
+
+def test_pictures_can_be_pdf_and_svg_too_and_tables_latex_and_both_go_when_they_are_not_asked_for(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, CHEETAH, NE, seed, 10.0 * seed)
+        write_run(tmp_path, CHEETAH, TD3, seed, 9.0 * seed)
+    out, words = tmp_path / "report", [str(tmp_path), "--names", f"{NE}=NE_1", "--also", "pdf", "svg", "tex"]
+    report.main(words)
+    pictures = sorted(path.stem for path in out.glob("*.png"))
+    for end, first in (("pdf", b"%PDF"), ("svg", b"<?xml")):
+        assert sorted(path.stem for path in out.glob(f"*.{end}")) == pictures
+        assert all(path.read_bytes().startswith(first) for path in out.glob(f"*.{end}"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    report.main([str(out), *words[1:]])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    text, table = (out / "report.tex").read_text(), (out / "report.md").read_text()
+    assert text.count("\\begin{tabular}") == text.count("\\toprule") == table.count("\n|---") and "`" not in text
+    cells = rows(table, "`NE_1`")[0][1:]
+    assert "NE\\_1 & " + " & ".join(cells) + r" \\" in text
+    report.main([str(out)])
+    assert {path.suffix for path in out.iterdir()} == {".png", ".csv", ".md"}
+
+
+def test_methods_are_called_by_the_names_that_are_given_and_keep_their_order(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, CHEETAH, NE, seed, 10.0 * seed)
+        write_run(tmp_path, CHEETAH, NE, seed, 9.0 * seed, time=2, grow=False)
+        write_run(tmp_path, CHEETAH, TD3, seed, 8.0 * seed)
+    write_run(tmp_path, CHEETAH, NE, 4, 10.0)
+    report.main([str(tmp_path), "--names", f"{NE}=zz, ours", f"{NE} grow=False=sparse", f"{TD3}=aa"])
+    text = (tmp_path / "report" / "report.md").read_text()
+    found = [line.split("|")[1].strip() for line in text.split("## Differences")[0].splitlines() if "| `" in line]
+    assert found == ["`zz, ours`", "`sparse`", "`aa`"] and NE not in text.replace("benchmark", "")
+    assert "is the area of `zz, ours` larger than that of `aa`?" in text
+    for names, line in (([f"{NE}=a", f"{TD3}=a"], "two methods the same name"), (["nobody=a"], "no method 'nobody'")):
+        with pytest.raises(SystemExit) as ended:
+            report.main([str(tmp_path), "--names", *names])
+        assert ended.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_published_runs_and_new_ones_become_one_comparison_with_the_names_that_all_of_them_need(tmp_path, capsys):
+    first, second, both = tmp_path / "first", tmp_path / "second", tmp_path / "both"
+    for seed in (1, 2, 3):
+        write_run(first, CHEETAH, NE, seed, 100.0 * seed + 1 / 3)
+        write_run(first, CHEETAH, NE, seed + 3, 100.0)
+        write_run(first, CHEETAH, TD3, seed, 10.0 * seed)
+        write_run(second, CHEETAH, NE, seed, 50.0 * seed, grow=False, new=1)  # the first runs do not know `new`
+    for folder in (first, second):
+        report.collect([folder], folder / "csv")
+    assert set(report.load(second / "csv")[0]["method"]) == {NE}
+    report.collect([first / "csv", second], both)
+    runs, curves, _ = report.load(both)
+    assert set(runs["method"]) == set(curves["method"]) == {NE, f"{NE} grow=False", TD3}
+    for folder, kept in ((first, [NE, TD3]), (second, [f"{NE} grow=False"])):
+        alone = report.load(folder / "csv")
+        for old, new, keys in ((alone[0], runs, ["seed"]), (alone[1], curves, ["seed", "tag", "step"])):
+            for method in kept:
+                was = old[old["method"] == method.split()[0]].drop(columns="method").sort_values(keys)
+                now = new[new["method"] == method].drop(columns="method").sort_values(keys)
+                pd.testing.assert_frame_equal(was.reset_index(drop=True), now.reset_index(drop=True), check_dtype=False)
+    report.main([str(both), str(second), "--out", str(tmp_path / "again")])  # read twice is read once
+    assert "2 runs of" in capsys.readouterr().err and (tmp_path / "again" / "report.md").exists()
+    for name in ("runs.csv", "curves.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (both / name).read_bytes()
+
+
+def test_steps_per_second_of_runs_at_the_same_time_on_a_machine_carry_a_warning(tmp_path):
+    def write(name, machine, begin, seed):
+        folder = tmp_path / name / f"job {machine} {seed}"
+        run = folder / "runs" / f"{CHEETAH}__{NE}__{seed}__{seed}"
+        write_events(run, {"eval/episodic_return": [(0, 0.0), (1000, 5.0)]}, start=begin)  # ten seconds
+        (run / "args.json").write_text(json.dumps({"env_id": CHEETAH, "seed": seed, "total_timesteps": 1000}))
+        (folder / "job.json").write_text(json.dumps({"machine": machine}))
+
+    for seed, (machine, begin) in enumerate([("a", 0), ("a", 8), ("a", 16), ("b", 0), ("b", 20)], 1):
+        write("shared", machine, begin, seed)
+        write("alone", machine, 100 * begin, seed)
+    runs, curves = measured(tmp_path / "shared")
+    assert runs["at_once"].tolist() == [2, 2, 2, 1, 1]
+    assert "Up to 2 of these runs went on one machine at once. So the steps/s" in report.returns_section(runs, curves)
+    runs, curves = measured(tmp_path / "alone")
+    assert runs["at_once"].tolist() == [1] * 5 and "steps/s compare" not in report.returns_section(runs, curves)
+    runs["at_once"] = np.nan
+    assert "did is not known. So the steps/s compare nothing." in report.returns_section(runs, curves)
 
 
 def test_sensitivity_is_shown_for_numeric_arguments_varied_alone_over_three_values(tmp_path):
@@ -523,30 +781,28 @@ def test_sensitivity_is_shown_for_numeric_arguments_varied_alone_over_three_valu
             write_run(tmp_path, CHEETAH, NE, seed, 100.0 * seed, time=number, **{"tau": 0} | changes)
     both = {"omega": 0.3, "grow": False, "tau": 0}
     write_run(tmp_path, CHEETAH, NE, 1, 100.0, time=99, **both)
-    report.collect(tmp_path, tmp_path / "csv")
-    found = report.varied_arguments(report.load(tmp_path / "csv")[0])
+    found = report.varied_arguments(measured(tmp_path)[0])
     shown = {name: (task, script, base, sorted(group["value"])) for task, script, name, base, group in found}
     assert shown == {
         "omega": (CHEETAH, NE, 0.5, [0.1, 0.1, 0.5, 0.5, 2, 2]),
         "tau": (CHEETAH, NE, 0, [0, 0, 1, 1, 2, 2]),
     }
-    report.draw_sensitivity(found, tmp_path / "sensitivity.png", "checksum")
+    report.save(report.draw_sensitivity(found), tmp_path / "sensitivity", "checksum", [])
     assert Image.open(tmp_path / "sensitivity.png").text == {"Data": "checksum"}
 
 
-def test_the_improvement_is_nes_unvaried_or_of_the_method_asked_for(tmp_path):
-    for seed in (1, 2):
+def test_the_differences_are_nes_unvaried_or_the_methods_asked_for(tmp_path):
+    for seed in (1, 2, 3):
         write_run(tmp_path, CHEETAH, "a_script", seed, 1.0 * seed)
         write_run(tmp_path, CHEETAH, NE, seed, 10.0 * seed)
-    write_run(tmp_path, CHEETAH, NE, 1, 5.0, time=3, grow=False)
-    tables = read(tmp_path)
-    assert report.compute(*tables)[1]["of"] == NE
-    sections, _ = report.compute(*tables, of="a_script")
-    assert rows(sections["improvement"], f"`{NE}`")[0][4] == "0.00"
-    assert not rows(sections["improvement"], f"`{NE} grow=False`")
-    assert f"as no task has two seeds of both: `{NE} grow=False`." in sections["improvement"]
-    sections, numbers = report.compute(*tables, of=f"{NE} grow=False")
-    assert numbers["improvement"].empty and f"two seeds of both: `{NE}`, `a_script`." in sections["improvement"]
+    for seed in (1, 2):
+        write_run(tmp_path, CHEETAH, NE, seed, 5.0, time=3, grow=False)
+    tables = measured(tmp_path)
+    sections, numbers = report.compute(*tables)
+    assert numbers["of"] == NE and f"area of `{NE}` larger than that of `{NE} grow=False`?" in sections["differences"]
+    sections, _ = report.compute(*tables, of="a_script", over=NE)
+    assert rows(sections["differences"], f"`{NE}`")[0][3] == "0 of 9"
+    assert not rows(sections["differences"], f"`{NE} grow=False`")
 
 
 def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
@@ -556,10 +812,18 @@ def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "runs.csv").write_text("task,method\na,b\n")
     (tmp_path / "torn" / "curves.csv").write_text("")
+    report.collect([tmp_path / "runs"], tmp_path / "twice")
+    lines = (tmp_path / "twice" / "runs.csv").read_text().splitlines()
+    (tmp_path / "twice" / "runs.csv").write_text("\n".join([*lines, lines[-1]]))
     for words, line in {
         (): "error: give a folder of runs",
         ("nowhere",): "error: there is no folder nowhere; give",
         ("empty",): "error: no run in empty: there is no events.out.tfevents.*",
+        ("runs", "--of", NE, "--over", NE): f"error: --of and --over are both '{NE}'",
+        ("runs", "--normalise", "Pendulum-v1", "low", "1"): "error: --normalise: could not convert string to float",
+        ("runs", "--normalise", "Pendulum-v1", "1", "1"): "error: --normalise: Pendulum-v1 needs two different numbers",
+        ("runs", "runs"): "error: several folders need --out",
+        ("twice",): f"error: twice/runs.csv has {NE} on {CHEETAH} with seed 1 twice",
         ("names",): "error: no run in names can be used, for the reasons above",
         ("torn",): "error: torn/runs.csv has no column seed, steps",
         ("runs", "--of", "nobody"): f"error: no method 'nobody'; there is '{NE}'",
@@ -572,21 +836,21 @@ def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_the_pages_sections_are_replaced_by_those_of_the_published_csv_files(tmp_path):
-    some_runs(tmp_path / "runs")
+    some_runs(tmp_path / "runs", tasks=[(CHEETAH, 1000)])
     results = tmp_path / "results"
-    report.collect(tmp_path / "runs", results / "first")
+    report.collect([tmp_path / "runs"], results / "first")
     (results / "speed.csv").write_text('# the command\n# the machine\ntask,"steps/s, median"\nHopper-v4,10\n"a, b",\n')
     pages = [tmp_path / "README.md", tmp_path / "other.md"]
-    blocks = [f"<!-- report first {name} -->\n{{}}<!-- end report -->" for name in ("returns", "improvement")]
+    blocks = [f"<!-- report first {name} -->\n{{}}<!-- end report -->" for name in ("returns", "differences")]
     text = f"# Title\n\n{blocks[0]}\n\nBetween, \\1 stays.\n\n{blocks[1]}\nEnd.\n"
     pages[0].write_text(text.format("old | table\n", ""))
     pages[1].write_text("Before.\n<!-- table speed -->\nold\n<!-- end table -->\n" + blocks[1].format("old\n"))
     report.fill_pages(pages, results)
     sections = report.draw(results / "first")
-    assert pages[0].read_text() == text.format(sections["returns"], sections["improvement"])
+    assert pages[0].read_text() == text.format(sections["returns"], sections["differences"])
     assert sections["returns"] in (results / "first" / "report.md").read_text()
     table = "| task | steps/s, median |\n|---|---|\n| Hopper-v4 | 10 |\n| a, b |  |\n"
-    other = f"Before.\n<!-- table speed -->\n{table}<!-- end table -->\n" + blocks[1].format(sections["improvement"])
+    other = f"Before.\n<!-- table speed -->\n{table}<!-- end table -->\n" + blocks[1].format(sections["differences"])
     assert pages[1].read_text() == other
     before = [page.read_bytes() for page in pages]
     report.fill_pages(pages, results)
@@ -598,14 +862,14 @@ def test_the_pages_sections_are_replaced_by_those_of_the_published_csv_files(tmp
     [
         ("<!-- table nothing -->\nold\n<!-- end table -->", "nothing.csv cannot be read"),
         ("<!-- report nothing returns -->\nold\n<!-- end report -->", "no folder"),
-        ("<!-- report first gains -->\nold\n<!-- end report -->", "there is returns, aggregate, improvement"),
+        ("<!-- report first gains -->\nold\n<!-- end report -->", "there is returns, differences, injection"),
         ("<!-- report first returns -->\nold\n", "without its <!-- end report -->"),
         ("<!-- table a -->\n<!-- table b -->\n<!-- end table -->", "without its <!-- end table -->"),
     ],
 )
 def test_pages_that_show_what_is_not_there_are_left_as_they_are(tmp_path, capsys, text, line):
     write_run(tmp_path / "runs", CHEETAH, NE, 1, 10.0)
-    report.collect(tmp_path / "runs", tmp_path / "results" / "first")
+    report.collect([tmp_path / "runs"], tmp_path / "results" / "first")
     pages, good = (
         [tmp_path / "first.md", tmp_path / "second.md"],
         "<!-- report first returns -->\n<!-- end report -->\n",
