@@ -201,7 +201,8 @@ def losses(script, network, inputs, y):
 def new_targets(kind, present, inputs, draw):
     """Targets for an output `present` [n, n_out], the same draw for all networks -> [n, n_out].
 
-    noise: the output + N(0, 1). sine (Lyle et al. 2023): its mean over the inputs + sin(1e5 f(x)), f a fresh network.
+    noise: the output + N(0, 1). sine (Lyle et al. 2023): its mean over the inputs + sin(1e5 f(x)), f a fresh network;
+    there a network must unlearn its own output too, so that the loss grows with that output's spread.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw)
@@ -324,8 +325,9 @@ def draw(table, file):
             panel.set_title(f"{part}: {name}")
             if name in ("loss", "hessian", "max_q", "weight_norm"):
                 panel.set_yscale("log" if (own[name] > 0).all() else "symlog")
-    panels[0, 0].legend(fontsize="x-small")
-    figure.supxlabel("environment steps")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    for panel in panels[-1]:
+        panel.set_xlabel("environment steps")
     figure.suptitle(f"{table['task'].iloc[0]}: mean loss while new targets are fitted; dotted: of a fresh network")
     figure.savefig(file, dpi=80)
     plt.close(figure)

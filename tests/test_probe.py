@@ -257,7 +257,7 @@ def test_rows_stand_beside_fresh_networks_the_first_step_and_another_run(runs, q
     network = pair[1].networks[400]["qf1"]
     loss = probe.mean_loss(network, pair[1].script, inputs, pair[1].args.learning_rate, "noise")
     assert table.loc[PLAIN, 400, "qf1"]["loss"] == pytest.approx(loss, rel=1e-4)
-    critics = table.loc[PLAIN, 400][["loss", "fresh_loss"]].loc[["qf1", "qf2"]].mean()
+    critics = table.sort_index().loc[PLAIN, 400].loc[["qf1", "qf2"], ["loss", "fresh_loss"]].mean()
     row = [line for line in text.splitlines() if line.startswith(f"| `{PLAIN}` | 400")][1]
     assert f"| {critics['loss']:.3g} | {critics['loss'] / critics['fresh_loss']:.3g} |" in row
     assert text in lines and (out / "probe_Pendulum-v1.png").exists()

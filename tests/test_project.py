@@ -30,6 +30,7 @@ from harness import (
     short_args,
 )
 from PIL import Image
+from scipy import optimize, stats
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "baselines" / "README.md", ROOT / "benchmark" / "README.md"]
@@ -198,13 +199,17 @@ def test_the_readmes_three_lines_of_results_are_the_published_numbers():
     areas = {name: of.groupby("seed")["value"].mean() for name, of in evaluations.groupby("method")}
     others = "td3_continuous", "static_sparse_td3_continuous", "ne_td3_continuous grow=False"
     ne = areas["ne_td3_continuous"].to_numpy()
-    means = [f"{values.mean():.0f}" for values in (ne, *(areas[name] for name in others))]
-    assert "NE has {}, TD3 {}, a static sparse network {}, NE without growth {}.".format(*means) in text
-    pairs = [int(sum(a > b for a in ne for b in areas[name])) for name in others]
-    assert "in {}, {} and {} of 25 pairs".format(*pairs) in text
-    cells = {row[0]: row[4] for row in markdown_rows((RESULTS / "td3_100k" / "report.md").read_text())}
-    first, second = (cells[f"`{name}`"].partition(" (") for name in ("ne_td3_continuous", "td3_continuous"))
-    assert f"IQM: {first[0]} (95 % interval {first[2]} and {second[0]} ({second[2]}." in text
+    td3, static, kept = (areas[name].to_numpy() for name in others)
+    assert f"learning starts: {ne.mean():.0f} and {td3.mean():.0f}, difference {(ne - td3).mean():.0f} " in text
+    test = stats.ttest_rel(ne, td3)
+    low, high = test.confidence_interval(0.95)
+    assert f"(95 % interval {low:.0f} to {high:.0f})" in text and test.pvalue > 0.05
+    t = stats.t.ppf(0.975, 4)
+    shift = optimize.brentq(lambda x: stats.nct.sf(t, 4, x) - 0.8, 2, 6)
+    told = shift * (ne - td3).std(ddof=1) / 5**0.5
+    assert f"would have shown one of {told:.0f}." in text
+    assert f"network ({static.mean():.0f})" in text and stats.ttest_rel(ne, static).pvalue > 0.05
+    assert f"NE without growth is behind ({kept.mean():.0f})" in text and stats.ttest_rel(ne, kept).pvalue < 0.01
     assert runs["steps"].eq(100_000).all() and len(ne) == 5
 
 

@@ -188,6 +188,8 @@ def test_the_published_comparison_gives_the_known_numbers():
     assert stats.mannwhitneyu(last[NE], last[static]).pvalue == pytest.approx(0.016, abs=0.0005)
     assert tables["last_one"].loc[static, ["p", "holm"]].tolist() == pytest.approx([0.0157, 0.063], abs=0.0005)
     assert tables["area"]["p"].notna().sum() == 5
+    row = rows(report.compute(runs, curves)[0]["differences"], f"`{static}`")[0]
+    assert row[4:7] == ["101 (-77.4 to 279)", "0.19 (0.76)", "242"] and row[-1] == "0.016 (0.063)"
 
 
 def test_one_primary_question_stands_above_the_table_and_a_method_with_one_seed_has_no_row(tmp_path):
@@ -748,7 +750,9 @@ def test_published_runs_and_new_ones_become_one_comparison_with_the_names_that_a
             for method in kept:
                 was = old[old["method"] == method.split()[0]].drop(columns="method").sort_values(keys)
                 now = new[new["method"] == method].drop(columns="method").sort_values(keys)
-                pd.testing.assert_frame_equal(was.reset_index(drop=True), now.reset_index(drop=True), check_dtype=False)
+                pd.testing.assert_frame_equal(
+                    was.reset_index(drop=True), now.reset_index(drop=True), check_dtype=False, check_exact=True
+                )
     report.main([str(both), str(second), "--out", str(tmp_path / "again")])  # read twice is read once
     assert "2 runs of" in capsys.readouterr().err and (tmp_path / "again" / "report.md").exists()
     for name in ("runs.csv", "curves.csv"):
