@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 SWEEP = harness.ROOT / "benchmark" / "sweep.py"
 sweep = harness.load_script(SWEEP)
 NE, TD3 = harness.PATHS["ne_td3_continuous"], harness.PATHS["td3_continuous"]
-SIZES = {"total_timesteps": 1800, "checkpoint_interval": 200, "eval_interval": 1000}
+SIZES = {"total_timesteps": 5400, "checkpoint_interval": 200, "eval_interval": 1000}
 SHORT = {script: harness.short_args(script, **SIZES) for script in ("td3_continuous", "ne_td3_continuous")}
 
 
@@ -267,7 +267,7 @@ def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, to_all, sig
     assert begun() == 1 and not training()
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"total_timesteps": 900}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"total_timesteps": 3 * 900}'])
 def test_a_run_that_was_killed_while_it_began_is_not_finished(content):
     Path("runs/x/models").mkdir(parents=True)
     Path("runs/x/args.json").write_text(content)
