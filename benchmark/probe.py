@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 sys.path.append(str(Path(__file__).resolve().parent))
 import matplotlib.pyplot as plt
 import report as reports
-from random_labels import ROOT, TD3, fail, hessian_eigenvalue, load_script, markdown
+from random_labels import ROOT, TD3, effective_rank, fail, hessian_eigenvalue, load_script, markdown
 
 INPUTS, DRAWS, BATCH, STEPS = 512, 3, 256, 500
 PLAYED = 2000  # environment steps of a run that the inputs are drawn from
@@ -260,14 +260,13 @@ def measure(script, network, inputs, kind):
     y = new_targets(kind, present, inputs, 0)
     parameters, mask_of = list(network.parameters()), {id(w): mask for w, mask in absent_connections(script, network)}
     masks = [mask_of.get(id(parameter)) for parameter in parameters]
-    neurons, singular = script.neuron_statistics(hidden), torch.linalg.svdvals(hidden[-1])
-    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
+    neurons = script.neuron_statistics(hidden)
     actor = isinstance(network, script.Actor)
     half = [x[: len(y) // 2] for x in inputs], y[: len(y) // 2]  # of the inputs, for the gradients: memory
     return {
         "hessian": hessian_eigenvalue(losses(script, network, inputs, y)[0], parameters, masks),
         "gradient_cosine": gradient_cosine(script, network, *half, masks),
-        "effective_rank": float(torch.special.entr(shares).sum().exp()),  # of the last features (Roy & Vetterli 2007)
+        "effective_rank": effective_rank(hidden[-1]),
         "weight_norm": math.hypot(*(float(l.weight.detach().norm()) for l in (network.fc1, network.fc2, network.fc3))),
         "dormant": neurons["dormant_ratio_0.1"],
         "fau": neurons["fau"],

@@ -221,6 +221,13 @@ def gradient_cosine(network, x, y, masks):
     return (total - int((norms > 0).sum())) / (len(x) * (len(x) - 1))
 
 
+def effective_rank(features):
+    """exp of the entropy of the singular values of features [n, n_l] (Roy & Vetterli 2007) -> float."""
+    singular = torch.linalg.svdvals(features)
+    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
+    return float(torch.special.entr(shares).sum().exp())
+
+
 def measure(network, x, y, absent):
     """What is measured at the end of a task on all its images, x [n, 64] and labels y [n] -> dict of floats.
 
@@ -231,8 +238,6 @@ def measure(network, x, y, absent):
     if not loss.isfinite():
         return dict.fromkeys(MEASURES, math.nan)
     neurons = load_script(TD3).neuron_statistics([h.detach() for h in hidden])
-    singular = torch.linalg.svdvals(hidden[-1].detach())
-    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
     parameters, mask_of = list(network.parameters()), {id(weight): mask for weight, mask in absent}
     masks = [mask_of.get(id(parameter)) for parameter in parameters]
     weights = [layer.weight.detach() for layer in (network.fc1, network.fc2, network.fc3)]
@@ -242,7 +247,7 @@ def measure(network, x, y, absent):
         "dormant": neurons["dormant_ratio_0.1"],
         "fau": neurons["fau"],
         "weight_norm": float(sum(weight.square().sum() for weight in weights) ** 0.5),
-        "effective_rank": float(torch.special.entr(shares).sum().exp()),  # of the last features (Roy & Vetterli 2007)
+        "effective_rank": effective_rank(hidden[-1].detach()),
         "hessian": hessian_eigenvalue(loss, parameters, masks),
         "gradient_cosine": gradient_cosine(network, x, y, masks),
     }

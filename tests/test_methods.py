@@ -1,6 +1,7 @@
 """The methods NE is compared with: each one's steps against computations of the test's own, and in short runs."""
 
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -251,7 +252,10 @@ def watched_states(script, monkeypatch, **changes):
     key = script, *sorted(changes.items())
     if key not in _watched:
         states = []
-        look = lambda run: states.append(run.everything())  # noqa: E731
+
+        def look(run):
+            states.append(run.everything())
+
         run = Run(script, monkeypatch, None, look, total_timesteps=500, **changes)
         run.states, run.rows = states, run.buffer.rows[:250]
         run.early_returns = [value for step, value in run.returns() if step <= 250]
@@ -1019,7 +1023,7 @@ def test_rigl_drops_the_smallest_weights_and_grows_the_largest_gradients(kind, d
     optimizer.zero_grad()
     network(*x).square().mean().backward()
     masks = copies(layer.mask for layer in layers_of(network))
-    call = lambda: RIGL.drop_and_grow_(network, optimizer, share, target)  # noqa: E731
+    call = functools.partial(RIGL.drop_and_grow_, network, optimizer, share, target)
     moved = check_moves(network, target, optimizer, share, call)
     assert (moved > 0) == (share > 0 and density < 1)
     counts = [(int(mask.sum()), int((~mask).sum())) for mask in masks]

@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 import types
 import warnings
 from pathlib import Path
@@ -157,6 +159,24 @@ def play(state, env, seed):
         obs, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
         total, done = total + float(reward), terminated or truncated
     return total
+
+
+@with_all
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_evaluation(script, number):
+    folder = known(script)[0]
+    (folder / "play.lock").unlink(missing_ok=True)
+    words = harness.command(script, "--evaluate", folder, "--eval-episodes", 1_000_000)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not (folder / "play.lock").exists():  # from then on the arguments are read, and handlers are set
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
 
 
 @with_all
