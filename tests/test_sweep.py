@@ -267,7 +267,7 @@ def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, to_all, sig
     assert begun() == 1 and not training()
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"total_timesteps": 3 * 900}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"total_timesteps": 900}'])
 def test_a_run_that_was_killed_while_it_began_is_not_finished(content):
     Path("runs/x/models").mkdir(parents=True)
     Path("runs/x/args.json").write_text(content)
