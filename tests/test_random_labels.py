@@ -471,6 +471,8 @@ def test_the_committed_report_and_the_pages_table_are_those_of_the_committed_run
 
 def test_the_short_table_has_the_means_of_the_last_three_tasks(tmp_path):
     table = made_up({"plain": (1.0, 0.2), "ne": (1.5, 0.1)}, 4)
+    table["dormant"] += 0.1  # apart from all other measures
+    table["accuracy"] += 0.2
     write(tmp_path / "a", pd.concat([table.assign(variant=variant) for variant in labels.VARIANTS]))
     rows = [line.split(" | ") for line in labels.short_table(tmp_path / "a").splitlines()[2:]]
     assert [row[0] for row in rows] == ["| `plain`", "| `ne`"]
@@ -479,6 +481,7 @@ def test_the_short_table_has_the_means_of_the_last_three_tasks(tmp_path):
         last = own[own["task"] > own["task"].max() - 3]
         for cell in (row[1], row[5]):
             assert float(cell.split(" [")[0]) == pytest.approx(last["loss"].mean(), abs=0.01)
+        assert float(row[2]) == pytest.approx(last["accuracy"].mean(), abs=0.01)
         assert float(row[3]) == pytest.approx(last["dormant"].mean(), abs=0.01)
         assert row[4].strip(" |") == "4"
 
