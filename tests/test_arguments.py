@@ -9,7 +9,8 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from test_methods import OTHER as OWN  # the cases of what is a baseline's own
+from test_methods import OTHER  # the cases of what is a baseline's own
+from test_more_methods import OTHER as MORE_OTHER
 from test_resume import Fork
 from test_runs import known
 
@@ -70,7 +71,7 @@ def pairs(table):
 @with_all
 def test_every_argument_has_a_case_here(script):
     fields = set(harness.SCRIPTS[script].Args.__dataclass_fields__)
-    own = OWN.get(script, {}).keys()
+    own = (OTHER | MORE_OTHER).get(script, {}).keys()
     assert own <= fields <= CHANGES_THE_NETWORKS.keys() | CHANGES_THE_LOGS.keys() | OTHERS | own
 
 

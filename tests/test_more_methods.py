@@ -253,6 +253,32 @@ def test_a_senseless_argument_ends_the_run_with_its_name(script, name, value, ca
     assert option in capsys.readouterr().err
 
 
+OTHER = {  # settings that differ from those in OFTEN, one own argument at a time
+    WEIGHT_DECAY: {"weight_decay": 0.1},
+    LEAKY_RELU: {"leaky_relu_slope": 0.2},
+    SPECTRAL_NORM: {},
+    L2_INIT: {"l2_init_strength": 0.1},
+    CRELU: {},
+    NAP: {"nap_anneal": False},
+    HARE_TORTOISE: {"tortoise_decay": 0.8, "tortoise_interval": 11},
+    SHRINK_PERTURB: {"shrink_perturb_interval": 100, "shrink": 0.7, "perturb": 0.1},
+    TWO_HOT: {"two_hot_bins": 51, "two_hot_limit": 10.0},
+    REGRAMA: {"regrama_interval": 40, "regrama_tau": 0.01, "regrama_most": 0.1},
+    NE_LAYER_NORM: {},
+}
+
+
+@pytest.mark.parametrize("script", OTHER)
+def test_every_own_argument_changes_something(script, monkeypatch):
+    parent = "ne_td3_continuous" if script == NE_LAYER_NORM else TD3
+    fields = (harness.SCRIPTS[name].Args.__dataclass_fields__.keys() for name in (script, parent))
+    assert set.difference(*map(set, fields)) == OTHER[script].keys()
+    model = usual(script, monkeypatch).result()[0]
+    for name, value in OTHER[script].items():
+        changed = Run(script, monkeypatch, **OFTEN.get(script, {}) | {name: value}).result()[0]
+        assert not same(model, changed), f"{name} changes nothing"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", MORE)
 def test_the_method_solves_pendulum(script):
