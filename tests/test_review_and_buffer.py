@@ -274,8 +274,13 @@ class Recording:
             assert len(batch.obs) == 2048 and set(batch.reward.long().tolist()) == held
             for name in ("qf1", "qf2"):
                 h = torch.cat([batch.obs, batch.actions], 1).double().numpy()
-                for layer in (networks[name].fc1, networks[name].fc2):
-                    h = np.maximum(h @ layer.weight.detach().double().numpy().T + layer.bias.detach().numpy(), 0)
+                p = {key: value.double().numpy() for key, value in networks[name].state_dict().items()}
+                for l in (1, 2):
+                    h = h @ p[f"fc{l}.weight"].T + p[f"fc{l}.bias"]
+                    if f"norm{l}.weight" in p:
+                        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5)
+                        h = h * p[f"norm{l}.weight"] + p[f"norm{l}.bias"]
+                    h = np.maximum(h, 0)
                     found.append((h.mean(0) / h.mean() <= recording.args.dormant_tau).sum())
             return sum(found)
 

@@ -65,6 +65,7 @@ def test_without_its_three_parts_and_dense_ne_is_plain_td3_to_the_bit(script, bu
     (parent,) = (
         names[0] for names in harness.FAMILIES.values() if harness.PATHS[script] in [harness.ROOT / n for n in names]
     )
+    parent = {"ne_layer_norm_td3_continuous": "layer_norm_td3_continuous"}.get(script, parent)
     settings = {"buffer_size": buffer_size, "eval_interval": 300, "eval_episodes": 2}
     off = {"grow": False, "prune": False, "review": False, "initial_density": 1.0}
     _, ne, ne_log = known(script, **settings, **off)
