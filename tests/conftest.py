@@ -1,18 +1,25 @@
 import pytest
-from harness import SCRIPTS
+from harness import MORE, SCRIPTS
 
 # The scripts whose shared tests run each time. The shared code of the other ones is the same to the letter, which
 # test_drift.py checks each time; what is their own, these files do. All of the rest is marked slow.
 METHODS = {"test_methods.py", "test_more_methods.py"}
 ALWAYS = {"td3_continuous", "ne_td3_continuous"}
+# Of these, all but the arguments is tested in test_more_methods.py alone: the suite does not grow with their number.
+ALONE = set(MORE) - {"ne_layer_norm_td3_continuous"}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    alone = []
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else []
         others = [value for value in values if isinstance(value, str) and value in SCRIPTS and value not in ALWAYS]
         if others and item.path.name not in METHODS:
             item.add_marker(pytest.mark.slow)
+            if ALONE & set(others) and item.path.name != "test_arguments.py":
+                alone.append(item)
+    config.hook.pytest_deselected(items=alone)
+    items[:] = [item for item in items if item not in set(alone)]
 
 
 @pytest.fixture(autouse=True)
