@@ -1,5 +1,10 @@
+import signal
+
 import pytest
 from harness import MORE, SCRIPTS
+
+# Ignored where pytest was started in the background; the processes that tests start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The scripts whose shared tests run each time. The shared code of the other ones is the same to the letter, which
 # test_drift.py checks each time; what is their own, these files do. All of the rest is marked slow.
