@@ -15,16 +15,16 @@ ALONE = set(MORE) - {"ne_layer_norm_td3_continuous"}
 
 
 def pytest_collection_modifyitems(config, items):
-    alone = []
+    kept, alone = [], []
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else []
-        others = [value for value in values if isinstance(value, str) and value in SCRIPTS and value not in ALWAYS]
-        if others and item.path.name not in METHODS:
+        others = {value for value in values if isinstance(value, str) and value in SCRIPTS and value not in ALWAYS}
+        shared = others and item.path.name not in METHODS
+        if shared:
             item.add_marker(pytest.mark.slow)
-            if ALONE & set(others) and item.path.name != "test_arguments.py":
-                alone.append(item)
+        (alone if shared and ALONE & others and item.path.name != "test_arguments.py" else kept).append(item)
     config.hook.pytest_deselected(items=alone)
-    items[:] = [item for item in items if item not in set(alone)]
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
