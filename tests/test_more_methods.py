@@ -446,7 +446,7 @@ def test_crelu_hands_on_both_parts_of_what_a_unit_gives():
     assert [h.shape[1] for h in network.hidden(torch.randn(2, 4))] == [network.fc2.in_features, network.fc3.in_features]
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 1), (17, 256, 6), (23, 256, 1), (4, 1, 2), (400, 64, 1), (5, 33, 17)])
+@pytest.mark.parametrize("shape", [(3, 12, 1), (17, 256, 6), (23, 256, 1), (4, 1, 2), (400, 64, 1), (2, 9, 1)])
 def test_a_crelu_network_has_as_nearly_as_it_can_the_parameters_of_a_relu_one(shape):
     def count(network):
         return sum(p.numel() for p in network.parameters())
