@@ -149,14 +149,23 @@ def test_a_single_evaluation_episode_has_no_deviation(script):
 
 def play(state, env, seed):
     """The return of one episode of a saved actor, computed with numpy alone."""
-    weights = {key: value.double().numpy() for key, value in state.items()}
+    p = {key: value.double().numpy() for key, value in state.items()}
+
+    def output(x, *layers):
+        for l, layer in enumerate(layers, start=1):
+            x = p[f"{layer}.weight"] @ x + p[f"{layer}.bias"]
+            if layer.startswith("fc") and f"norm{l}.weight" in p:
+                x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * p[f"norm{l}.weight"] + p[f"norm{l}.bias"]
+            x = np.maximum(x, 0) if l < 3 else x
+        return x
+
     obs, _ = env.reset(seed=seed)
     total, done = 0.0, False
     while not done:
-        x = obs
-        for layer in ("fc1", "fc2"):
-            x = np.maximum(weights[f"{layer}.weight"] @ x + weights[f"{layer}.bias"], 0)
-        action = np.tanh(weights["fc3.weight"] @ x + weights["fc3.bias"]) * 2  # Pendulum's bounds are -2 and 2
+        out, part = output(obs, "fc1", "fc2", "fc3"), 0
+        while f"frozen.{part}.0.weight" in p:  # what an injection has added and taken away again
+            out, part = out + (-1) ** part * output(obs, *(f"frozen.{part}.{l}" for l in (0, 2, 4))), part + 1
+        action = np.tanh(out) * 2  # Pendulum's bounds are -2 and 2
         obs, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
         total, done = total + float(reward), terminated or truncated
     return total
