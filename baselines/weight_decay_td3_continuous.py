@@ -253,7 +253,7 @@ def main(args):
 
     def check_finite(what, *values):
         """Ends the run where a tensor, an array or a number is not finite; its last checkpoint stays."""
-        if not all(torch.as_tensor(value).isfinite().all() for value in values):
+        if not all((torch if torch.is_tensor(value) else np).isfinite(value).all() for value in values):
             bar.close()
             fail(f"step {global_step}: {what} is not finite; stopped, the last checkpoint in {folder} is good", 1)
 
