@@ -31,7 +31,9 @@ matplotlib.use("Agg")
 sys.path.append(str(Path(__file__).resolve().parent))
 import matplotlib.pyplot as plt
 import report as reports
-from random_labels import ROOT, TD3, effective_rank, fail, hessian_eigenvalue, load_script, markdown
+from random_labels import ROOT, TD3, effective_rank, fail, hessian_eigenvalue, load_script, markdown, put_on_page
+
+RESULTS = ROOT / "benchmark" / "results" / "probe"  # what the page of plasticity shows
 
 INPUTS, DRAWS, BATCH, STEPS = 512, 3, 256, 500
 PLAYED = 2000  # environment steps of a run that the inputs are drawn from
@@ -332,8 +334,8 @@ def draw(table, file):
     plt.close(figure)
 
 
-def report(folder):
-    """Writes report.md and a picture for each task from probe.csv -> the text."""
+def read_table(folder):
+    """probe.csv of a folder -> its table, a run's two critics as one, and which targets were fitted."""
     try:
         table = pd.read_csv(folder / "probe.csv")
         if missing := [name for name in COLUMNS if name not in table]:
@@ -342,10 +344,31 @@ def report(folder):
             raise ValueError("it has no rows")
     except (OSError, ValueError) as error:
         fail(f"{folder / 'probe.csv'} cannot be read: {error}")
-    kind = table["targets"].iloc[0]
     table["part"] = table["network"].where(table["network"] == "actor", "critics")
-    keys, numbers = ["task", "part", "method", "run", "at"], COLUMNS[len(KEYS) :]
-    table = table.groupby(keys)[numbers].mean().reset_index()  # the two critics of a run are one
+    means = table.groupby(["task", "part", "method", "run", "at"])[COLUMNS[len(KEYS) :]].mean()
+    return means.reset_index(), table["targets"].iloc[0]
+
+
+def short_table(folder):
+    """The last saved step of each method, for a page: each run's loss and what stands beside -> Markdown."""
+    table, _ = read_table(folder)
+    table, rows = table[table["at"] == table["at"].max()], []
+    for method, own in table.groupby("method"):
+        rows.append([f"`{method}`"])
+        for part in ("critics", "actor"):
+            runs = own[own["part"] == part]
+            fresh = runs["fresh_dense_loss"].fillna(runs["fresh_loss"])  # a script without a sparse start has one
+            over = number(runs["loss"].mean() / fresh.mean())
+            rows[-1] += [", ".join(map(number, runs["loss"])), over, number(runs["dormant"].mean())]
+        rows[-1].append(number(runs["saturated"].mean()))
+    columns = [f"{part}: {name}" for part in ("critics", "actor") for name in ("loss of each run", "/fresh", "dormant")]
+    return markdown(["method", *columns, "saturated"], rows)
+
+
+def report(folder):
+    """Writes report.md and a picture for each task from probe.csv -> the text."""
+    table, kind = read_table(folder)
+    numbers = COLUMNS[len(KEYS) :]
     what = {"noise": "its own output + N(0, 1)", "sine": "its mean output + sin(1e5 f(x)), f a fresh network"}[kind]
     text = [
         "# Probe",
@@ -439,6 +462,8 @@ def main(argv=None):
                 for runs in tasks.values():
                     probe(runs, against, args.steps, args.targets, keep)
         print(report(args.out))
+        if args.out.resolve() == RESULTS:
+            put_on_page("probe", short_table(args.out))
     except OSError as error:
         fail(f"--out {args.out}: {error}")
     except KeyboardInterrupt:

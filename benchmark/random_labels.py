@@ -664,11 +664,11 @@ def short_table(folder):
     return markdown(head, rows)
 
 
-def put_on_page(folder, page=ROOT / "benchmark/plasticity.md"):
-    """Puts the short table between its two markers on the page."""
-    before, rest = page.read_text().split("<!-- random labels -->\n")
-    after = rest.partition("<!-- end random labels -->")[2]
-    page.write_text(f"{before}<!-- random labels -->\n{short_table(folder)}\n<!-- end random labels -->{after}")
+def put_on_page(name, table, page=ROOT / "benchmark/plasticity.md"):
+    """Puts a table between the markers <!-- name --> and <!-- end name --> of the page."""
+    before, rest = page.read_text().split(f"<!-- {name} -->\n")
+    after = rest.partition(f"<!-- end {name} -->")[2]
+    page.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- end {name} -->{after}")
 
 
 def interrupt(number, _):
@@ -699,7 +699,7 @@ def main(argv=None):
             run(args)
         report(args.out)
         if args.out == RESULTS:
-            put_on_page(args.out)
+            put_on_page("random labels", short_table(args.out))
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         sys.exit(128 + stop.args[0])

@@ -1,5 +1,6 @@
 """benchmark/probe.py: which networks it reads, what they fit and how, the measures beside, the command line."""
 
+import itertools
 import json
 import math
 import shutil
@@ -264,6 +265,20 @@ def test_rows_stand_beside_fresh_networks_the_first_step_and_another_run(runs, q
     (out / "report.md").unlink()
     probe.main(["--report", "--out", str(out)])
     assert (out / "report.md").read_text() == text
+
+
+def test_the_short_table_has_each_runs_last_loss_over_a_fresh_dense_network(tmp_path):
+    row, rows = dict.fromkeys(probe.COLUMNS, math.nan) | {"task": "A-v0", "targets": "noise"}, []
+    for method, seed, dense in [("ne", 1, 0.5), ("ne", 2, 0.7), ("td3", 1, math.nan)]:
+        for network, step in itertools.product(("actor", "qf1", "qf2"), (0, 90)):
+            own = {"method": method, "run": f"{method}{seed}", "seed": seed, "step": step, "at": step}
+            own |= {"network": network, "fresh_loss": 2.0, "fresh_dense_loss": dense, "dormant": 0.1 * seed}
+            own |= {"loss": (seed if network == "actor" else 10 * seed + int(network[-1])) + (step == 0) * 1000}
+            rows.append(row | own | {"saturated": 0.25 if network == "actor" else math.nan})
+    pd.DataFrame(rows).to_csv(tmp_path / "probe.csv", index=False)
+    ne, td3 = probe.short_table(tmp_path).splitlines()[2:]
+    assert ne == f"| `ne` | 11.5, 21.5 | {33 / 1.2:.3g} | 0.15 | 1, 2 | {3 / 1.2:.3g} | 0.15 | 0.25 |"
+    assert td3 == "| `td3` | 11.5 | 5.75 | 0.1 | 1 | 0.5 | 0.1 | 0.25 |"
 
 
 def test_an_interruption_keeps_what_was_probed(runs, quick, monkeypatch, capsys):

@@ -465,7 +465,7 @@ def test_the_committed_report_and_the_pages_table_are_those_of_the_committed_run
     labels.report(again)
     assert (again / "report.md").read_text() == (labels.RESULTS / "report.md").read_text(), "run with --report"
     shutil.copy(page, again)
-    labels.put_on_page(again, again / page.name)
+    labels.put_on_page("random labels", labels.short_table(again), again / page.name)
     assert (again / page.name).read_text() == page.read_text(), "run with --report"
 
 
