@@ -41,7 +41,7 @@ matplotlib.rcParams["svg.hashsalt"] = "report"  # the same data give the same fi
 ROOT = Path(__file__).resolve().parent.parent
 BINS = 20  # training returns are averaged within so many equal parts of the run
 POINTS = 50  # of a curve of neurons in curves.csv, at most
-PAGES = ("README.md", "docs/*.md", "baselines/README.md", "benchmark/README.md")
+PAGES = ("README.md", "docs/*.md", "baselines/README.md", "benchmark/*.md")
 SCORE = "(area - random) / (TD3 at 1M steps - random)"
 SOURCE = (
     "TD3 scores of the TD7 paper as listed in SimbaV2's code (DAVIAN-Robotics/SimbaV2 @86899c2, "

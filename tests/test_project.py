@@ -33,7 +33,7 @@ from PIL import Image
 from scipy import optimize, stats
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "baselines" / "README.md", ROOT / "benchmark" / "README.md"]
+PAGES += [ROOT / "baselines" / "README.md", *sorted((ROOT / "benchmark").glob("*.md"))]
 TEXTS = {path: path.read_text() for path in PAGES}
 README = TEXTS[ROOT / "README.md"]
 RESULTS = ROOT / "benchmark" / "results"
