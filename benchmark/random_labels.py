@@ -259,6 +259,22 @@ KEYS = ["variant", "method", "seed"]
 COLUMNS = [*KEYS, "task", *MEASURES, "online_loss", "density", "pruned", "step_us"]
 
 
+def adam_step(optimizer, parameters):
+    """optimizer.step() of a fused Adam or AdamW, to the bit, without its bookkeeping: a fifth of a training step."""
+    states = [optimizer.state.get(parameter) for parameter in parameters]
+    if not all(states):  # the first step, or after a reset
+        return optimizer.step()
+    settings = optimizer.param_groups[0]
+    update = torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_
+    moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
+    counts = [state["step"] for state in states]
+    torch._foreach_add_(counts, 1)
+    with torch.no_grad():
+        update(parameters, [p.grad for p in parameters], *moments, [], counts, lr=settings["lr"],
+               beta1=settings["betas"][0], beta2=settings["betas"][1], weight_decay=settings["weight_decay"],
+               eps=settings["eps"], amsgrad=False, maximize=False)  # fmt: skip
+
+
 def train(variant, settings, name, seed):
     """A network learns task after task by the method `name` -> rows of COLUMNS, one for each task.
 
@@ -279,7 +295,7 @@ def train(variant, settings, name, seed):
     if row.start:
         row.start(r)
     r.optimizer = optimizer = row.adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-    masked = hasattr(script, "absent_connections")
+    parameters, masked = list(network.parameters()), hasattr(script, "absent_connections")
     if masked:
         absent = script.absent_connections(network)
     for task in range(tasks):
@@ -297,14 +313,15 @@ def train(variant, settings, name, seed):
                 row.event(r)  # not before the end of a task has been measured
             r.t += 1
             loss = F.cross_entropy(network(inputs), labels)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             (loss + row.loss(r) if row.loss else loss).backward()
             if row.grow and r.t % interval == 0:
                 row.grow(r)
                 absent = script.absent_connections(network)
             for weight, mask in absent:
                 weight.grad.mul_(mask)
-            optimizer.step()
+            adam_step(optimizer, parameters)
             if row.step:
                 row.step(r)
             online += loss.detach()

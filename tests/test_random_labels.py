@@ -1,5 +1,6 @@
 """benchmark/random_labels.py: what a method does at which moment, measures, statistics, starting and stopping."""
 
+import contextlib
 import gzip
 import math
 import os
@@ -19,7 +20,6 @@ from harness import ROOT, load_script
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 labels = load_script(ROOT / "benchmark" / "random_labels.py")
 SMALL = {"images": 32, "batch": 16, "steps": 12, "tasks": 4, "interval": 5}
@@ -153,15 +153,24 @@ def test_injection_comes_once_half_way_and_leaves_the_function_alone(trained):
     assert not torch.equal(states[2]["fc1.weight"], states[1]["fc1.weight"])
 
 
+@contextlib.contextmanager
+def after_each_step(note):
+    """Within it, calls note(optimizer) after each of Adam's steps."""
+    step = labels.adam_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels, "adam_step", lambda optimizer, *rest: (step(optimizer, *rest), note(optimizer)))
+        yield
+
+
 def steps_of_adam(name, trained):
     """Adam's step count after each step of a run, and what its settings are -> list, dict."""
     counts, groups = [], []
 
-    def note(optimizer, *_):
+    def note(optimizer):
         counts.append(int(next(iter(optimizer.state.values()))["step"]))
         groups.append((type(optimizer).__name__, optimizer.param_groups[0]))
 
-    with register_optimizer_step_post_hook(note):
+    with after_each_step(note):
         trained(name)
     return counts, groups[0]
 
@@ -182,14 +191,39 @@ def test_optimizers_start_afresh_where_they_should_and_have_their_settings(train
     assert restarted[:6] == [1, 2, 3, 4, 5, 1]
 
 
+@pytest.mark.parametrize("name", ["plain", "adam_eps", "weight_decay"])
+def test_adams_step_is_that_of_the_paper_and_starts_afresh_without_a_state(name):
+    rng, rate = np.random.default_rng(0), 0.01
+    parameters = [nn.Parameter(torch.tensor(rng.normal(size=shape), dtype=torch.float32)) for shape in ((3, 2), (3,))]
+    optimizer = labels.ROWS[name].adam(parameters, lr=rate, fused=True)
+    (beta1, beta2), eps = ((0.9, 0.9), 1e-3) if name == "adam_eps" else ((0.9, 0.999), 1e-8)
+    decay = 0.1 if name == "weight_decay" else 0.0
+    values = [p.detach().numpy().astype(np.float64) for p in parameters]
+    moments = [[np.zeros(v.shape), np.zeros(v.shape), 0] for v in values]
+    for step in range(8):
+        if step == 5:  # as a method that resets one layer
+            del optimizer.state[parameters[1]]
+            moments[1] = [np.zeros(3), np.zeros(3), 0]
+        for k, p in enumerate(parameters):
+            g = rng.normal(size=p.shape)
+            p.grad = torch.tensor(g, dtype=torch.float32)
+            m, v, t = moments[k]
+            m, v, t = moments[k] = [beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2, t + 1]
+            update = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+            values[k] = values[k] * (1 - rate * decay) - rate * update
+        labels.adam_step(optimizer, parameters)
+        for p, value in zip(parameters, values, strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-4, atol=1e-6)
+
+
 def test_hare_meets_tortoise_at_a_tasks_start(trained):
     """The weights of the second task's start are the average of those after each of the first task's steps."""
     weights = []
 
-    def note(optimizer, *_):
+    def note(optimizer):
         weights.append(optimizer.param_groups[0]["params"][0].detach().clone())
 
-    with register_optimizer_step_post_hook(note):
+    with after_each_step(note):
         trained("hare_tortoise", tasks=1)
         first, average = len(weights), drawn(1, 1)[0]["fc1.weight"]
         for weight in weights:
