@@ -347,7 +347,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if "--evaluate" not in str(sys.argv) and signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-            signal.signal(number, lambda n, _: os._exit(128 + n) if stop and n != signal.SIGHUP else stop.append(n))
+    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP
+    for number in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup
+        signal.signal(number, lambda n, _: os._exit(128 + n) if play or (stop and n != hup) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

@@ -10,6 +10,7 @@ tags (charts/episodic_return). Runs of a cycle of tasks have a section of their 
 """
 
 import argparse
+import ast
 import csv
 import functools
 import hashlib
@@ -237,17 +238,32 @@ def finished(runs):
     return kept
 
 
+def defaults_of(script):
+    """What the arguments of a script of this repository are by default -> {argument: value}; of another one {}."""
+    paths = [path for path in (ROOT / f"{script}.py", ROOT / "baselines" / f"{script}.py") if path.exists()]
+    classes = [node for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = [item for node in classes if node.name == "Args" for item in node.body if isinstance(item, ast.AnnAssign)]
+    return {field.target.id: ast.literal_eval(field.value) for field in fields}
+
+
 def name_methods(runs):
-    """Gives each run its `method`: the script's name and what differs. An argument that a run lacks does not differ."""
+    """Gives each run its `method`: the script's name and what differs.
+
+    An argument that a run lacks, since the script did not have it then, counts as the script's default of today, or,
+    if there is none, as no difference.
+    """
     for task, script in {(run["task"], run["script"]) for run in runs}:
         group = [run for run in runs if (run["task"], run["script"]) == (task, script) and run["own"]]
         names = dict.fromkeys(name for run in group for name in run["args"])  # in the script's order
-        once = {json.dumps([run["seed"], run["args"]]): run["args"] for run in group}  # a run read twice counts once
+        defaults = {name: value for name, value in defaults_of(script).items() if name in names}
+        complete = [defaults | run["args"] for run in group]
+        # a run read twice counts once
+        once = {json.dumps([run["seed"], run["args"]]): args for run, args in zip(group, complete, strict=True)}
         values = {name: [args[name] for args in once.values() if name in args] for name in names}
         varied = [name for name in names if len(set(map(json.dumps, values[name]))) > 1]
         usual = {name: most_common(values[name]) for name in varied}
-        for run in group:
-            args = {name: run["args"][name] for name in varied if name in run["args"]}
+        for run, own in zip(group, complete, strict=True):
+            args = {name: own[name] for name in varied if name in own}
             run["method"] = script + "".join(f" {n}={value}" for n, value in args.items() if usual[n] != (value, True))
     for run in runs:
         if not run["own"]:

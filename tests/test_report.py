@@ -1,8 +1,10 @@
 """benchmark/report.py: from event files to CSV files, tables and pictures."""
 
+import dataclasses
 import json
 import shutil
 
+import harness
 import numpy as np
 import pandas as pd
 import pytest
@@ -757,6 +759,28 @@ def test_published_runs_and_new_ones_become_one_comparison_with_the_names_that_a
     assert "2 runs of" in capsys.readouterr().err and (tmp_path / "again" / "report.md").exists()
     for name in ("runs.csv", "curves.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (both / name).read_bytes()
+
+
+def test_an_argument_that_older_runs_lack_counts_as_the_default_of_the_script(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, CHEETAH, NE, seed, 1.0)  # from before there was --growth-criterion, or --dense-ends
+        write_run(tmp_path, CHEETAH, NE, seed + 3, 1.0)
+        write_run(tmp_path, CHEETAH, NE, seed, 1.0, time=1, growth_criterion="random", dense_ends=False)
+        write_run(tmp_path, CHEETAH, NE, 1, 1.0, time=2, growth_criterion="random", dense_ends=True)
+        write_run(tmp_path, CHEETAH, "my_ne", seed, 1.0)  # nobody knows the defaults of this one
+        write_run(tmp_path, CHEETAH, "my_ne", seed + 3, 1.0, growth_criterion="random")
+    assert read(tmp_path)[0].groupby("method")["seed"].agg(sorted).to_dict() == {
+        NE: [1, 2, 3, 4, 5, 6],
+        f"{NE} growth_criterion=random": [1, 2, 3],
+        f"{NE} growth_criterion=random dense_ends=True": [1],
+        "my_ne": [1, 2, 3, 4, 5, 6],
+    }
+
+
+def test_the_defaults_of_a_script_are_those_that_it_runs_with():
+    for name, module in harness.SCRIPTS.items():
+        assert report.defaults_of(name) == dataclasses.asdict(module.Args()), name
+    assert report.defaults_of("my_ne") == {}
 
 
 def test_steps_per_second_of_runs_at_the_same_time_on_a_machine_carry_a_warning(tmp_path):
