@@ -6,7 +6,8 @@ python benchmark/report.py benchmark/results/NAME runs --out benchmark/results/N
 python benchmark/report.py --readme                  # draws all that the pages show, and puts the tables there
 
 A run is a folder <task>__<script>__<seed>__<unix time> with event files: this project's, or another one's with the same
-tags (charts/episodic_return). Runs of a cycle of tasks have a section of their own, by benchmark/cycling.py.
+tags (charts/episodic_return). Runs of a cycle of tasks have a section of their own, by benchmark/cycling.py. Where a
+published.csv (task,name,step,mean,std) lies beside the two CSV files, its curves are drawn with the runs' own.
 """
 
 import argparse
@@ -71,6 +72,7 @@ JOB = ["command", "versions", "machine", "commit"]
 RUN_COLUMNS = ["task", "method", "seed", "steps", "final_return", "returns", "wall_clock_s", "steps_per_s", "settings"]
 RUN_COLUMNS += ["at_once", "events", *EVENTS]
 CURVE_COLUMNS = [*RUN, "tag", "step", "value"]
+PUBLISHED_COLUMNS = ["task", "name", "step", "mean", "std"]
 RETURNS = f"""\
 Area: mean of the evaluations after learning starts, with its 95 % t interval over the seeds, from {MIN_SEEDS} on. Last
 three, last one: mean of these evaluations, over the seeds. Dormant: share of the hidden neurons with a dormant score
@@ -382,7 +384,7 @@ def collect_cycles(runs, out):
 
 
 def load(folder):
-    """The two CSV files of a folder -> runs, curves, and their checksum."""
+    """The two CSV files of a folder -> runs, curves, and their checksum, published.csv's with them."""
     frames = []
     for name, columns in (("runs.csv", RUN_COLUMNS + JOB), ("curves.csv", CURVE_COLUMNS)):
         try:
@@ -395,7 +397,8 @@ def load(folder):
     if (twice := frames[0][RUN].duplicated()).any():
         row = frames[0][twice].iloc[0]
         fail(f"{folder / 'runs.csv'} has {row['method']} on {row['task']} with seed {row['seed']} twice")
-    checksum = hashlib.sha256((folder / "runs.csv").read_bytes() + (folder / "curves.csv").read_bytes()).hexdigest()
+    files = [folder / f"{name}.csv" for name in ("runs", "curves", "published")]
+    checksum = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
     return *frames, checksum
 
 
@@ -676,7 +679,8 @@ def steps_axis(panel):
     panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
 
 
-def draw_curves(runs, curves):
+def draw_curves(runs, curves, published):
+    """published: table with task, name, step, mean, std; what others have published of a task, drawn in grey."""
     tasks, counts = sorted(runs["task"].unique()), runs.groupby(["method", "task"]).size()
     figure, panels = grid(len(tasks), 3, width=8 if len(tasks) == 1 else 4.2)
     for task, panel in zip(tasks, panels, strict=True):
@@ -684,6 +688,10 @@ def draw_curves(runs, curves):
             seeds, label = over_steps(curves, task, method, "return"), f"{method} ({plural(counts[method], 'seed')})"
             if not seeds.empty:
                 draw_seeds(panel, seeds, style, label)
+        for name, curve in published[published["task"] == task].groupby("name"):
+            panel.plot(curve["step"], curve["mean"], color="grey", linestyle="--", label=name)
+            low, high = curve["mean"] - curve["std"], curve["mean"] + curve["std"]
+            panel.fill_between(curve["step"], low, high, color="grey", alpha=0.15, linewidth=0)
         kind = runs[runs["task"] == task]["returns"].iloc[0]
         panel.set(title=task, ylabel=f"return ({kind})")
         steps_axis(panel)
@@ -805,6 +813,11 @@ def draw(folder, of=None, over=None, names=(), given=None, also=()):
     of, over, given: compute's; names: rename's; also: of "pdf", "svg", "tex", what to write beside.
     """
     (runs, curves, checksum), sections, missing = load(folder), {}, {}
+    published = pd.DataFrame(columns=PUBLISHED_COLUMNS)
+    if (file := folder / "published.csv").exists():
+        published = pd.read_csv(file, comment="#")
+        if list(published) != PUBLISHED_COLUMNS:
+            fail(f"{file}: its columns must be {','.join(PUBLISHED_COLUMNS)}")
     if len(runs):
         runs, curves = rename(compare.measure(runs, curves), curves, names)
         sections, numbers = compute(runs, curves, of, over, given)
@@ -813,7 +826,7 @@ def draw(folder, of=None, over=None, names=(), given=None, also=()):
     if len(runs):
         style = styles(methods_of(runs))
         figures = [
-            draw_curves(runs, curves),
+            draw_curves(runs, curves, published),
             draw_differences(numbers["differences"]["area"], numbers["of"], style),
             draw_injections(numbers["injections"]),
             draw_aggregate(numbers["aggregate"], style),

@@ -490,6 +490,31 @@ def test_a_method_is_the_script_and_the_arguments_that_differ_from_the_most_comm
     assert settings[HOPPER, NE, 1] == usual | {"omega": 7}
 
 
+def test_published_curves_are_drawn_with_the_runs_of_their_task(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    for task in (CHEETAH, HOPPER):
+        write_run(tmp_path, task, TD3, 1, 1000.0)
+    folder = tmp_path / "report"
+    read(tmp_path)
+    report.draw(folder)
+    before = report.load(folder)[2]
+    lines = ["# where it is from", "task,name,step,mean,std", f"{CHEETAH},theirs,0,10,1", f"{CHEETAH},theirs,500,30,2"]
+    (folder / "published.csv").write_text("\n".join(lines))
+    drawn.clear()
+    report.draw(folder)
+    cheetah, hopper = ({line.get_label(): line for line in panel.lines} for panel in drawn[0].axes)
+    assert "theirs" in cheetah and "theirs" not in hopper
+    np.testing.assert_array_equal(cheetah["theirs"].get_xydata(), [[0, 10], [500, 30]])
+    band = np.unique(drawn[0].axes[0].collections[-1].get_paths()[0].vertices, axis=0)
+    np.testing.assert_array_equal(band, [[0, 9], [0, 11], [500, 28], [500, 32]])
+    assert report.load(folder)[2] != before  # so that a picture without them counts as an old one
+    (folder / "published.csv").write_text("step,mean\n1,2\n")
+    with pytest.raises(SystemExit):
+        report.draw(folder)
+    assert "its columns must be task,name,step,mean,std" in capsys.readouterr().err
+
+
 def test_no_two_of_twenty_methods_are_drawn_alike_and_titles_fit_into_their_pictures(tmp_path, monkeypatch):
     styles = report.styles([str(number) for number in range(20)]).values()
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
