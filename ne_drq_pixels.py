@@ -82,7 +82,7 @@ class Args:
     prune: bool = True  # prune silent neurons (section 4)
     review: bool = True  # review early experience (section 5)
     initial_density: float = 0.25  # share of a network's connections that are active at the start
-    final_density: float = 1.0  # share of them that are active after the last event, less what that event pruned
+    final_density: float = 1.0  # share of them that are active after the last event; at 1, less what that event pruned
     dense_ends: bool = False  # first and last layers stay dense; the densities are those of the layers between
     growth_interval: int = 2_500  # gradient steps between growth and pruning events; a multiple of policy_frequency
     growth_criterion: Literal["gradient", "random"] = "gradient"  # which absent connections grow; random: a control
@@ -385,7 +385,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
         budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):
+    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: what was pruned grows again too
         k, drawn = start[l] + scheduled[l] - int(layer.mask.sum()), args.growth_criterion == "random"
         grown += grow_(layer, k, exclude=taken and taken[l], generator=generator if drawn else None)
     after = network(*probe)
@@ -412,7 +412,7 @@ class ReviewGate:
         self.previous = dormant
 
     def review(self, u):
-        """u drawn uniformly from [0, 1) -> whether this batch comes from early experience."""
+        """u drawn uniformly from [0, 1) -> whether this batch comes from early experience; counts those that do."""
         self.reviewed += u > self.threshold
         return u > self.threshold
 
@@ -708,7 +708,8 @@ def main(args):
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actors.parameters()))  # no gradient for the critics' parameters
                 # --- NE: dormant pruning and elastic growth of the actor (sections 3 and 4) ---
-                if event:
+                if event:  # growth_interval is a multiple of policy_frequency
+                    # on features from before the critics' step, which has moved the convolutions once
                     of = actor, actor, actor_optimizer, t, args, ne_generator, scoring["actor"], probe["actor"]
                     log("ne/actor", grow_and_prune_(*of))  # it has no target, and stands for it
                     absent_actor = absent_connections(actor)

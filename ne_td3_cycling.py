@@ -76,7 +76,7 @@ class Args:
     prune: bool = True  # prune silent neurons (section 4)
     review: bool = True  # review early experience (section 5)
     initial_density: float = 0.25  # share of a network's connections that are active at the start
-    final_density: float = 1.0  # share of them that are active after the last event, less what that event pruned
+    final_density: float = 1.0  # share of them that are active after the last event; at 1, less what that event pruned
     dense_ends: bool = False  # first and last layers stay dense; the densities are those of the layers between
     growth_interval: int = 10_000  # gradient steps between growth and pruning events; a multiple of policy_frequency
     growth_criterion: Literal["gradient", "random"] = "gradient"  # which absent connections grow; random: a control
@@ -119,12 +119,12 @@ def fail(message, code=2):
 
 
 def make_env(env_id, **options):
-    """A task with vectors as observations (float32) and bounded vectors as actions; ends the process otherwise."""
+    """A task with vectors as observations (float32), bounded ones (1e10: MuJoCo's none) as actions; or an exit."""
     try:
         env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
         seen, space = env.observation_space, env.action_space
         vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and len(seen.shape or ()) != 3
-        assert vectors and np.isfinite([space.low, space.high]).all(), f"{seen} and {space}: no (bounded) vectors"
+        assert vectors and (np.abs([space.low, space.high]) < 1e10).all(), f"{seen} and {space}: no (bounded) vectors"
     except Exception as error:
         fail(f"--env-ids {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
     env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
@@ -342,7 +342,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
         budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):
+    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: what was pruned grows again too
         k, drawn = start[l] + scheduled[l] - int(layer.mask.sum()), args.growth_criterion == "random"
         grown += grow_(layer, k, exclude=taken and taken[l], generator=generator if drawn else None)
     after = network(*probe)
@@ -369,7 +369,7 @@ class ReviewGate:
         self.previous = dormant
 
     def review(self, u):
-        """u drawn uniformly from [0, 1) -> whether this batch comes from early experience."""
+        """u drawn uniformly from [0, 1) -> whether this batch comes from early experience; counts those that do."""
         self.reviewed += u > self.threshold
         return u > self.threshold
 
@@ -623,7 +623,7 @@ def main(args):
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 # --- NE: dormant pruning and elastic growth of the actor (sections 3 and 4) ---
-                if event:
+                if event:  # growth_interval is a multiple of policy_frequency
                     of = actor, target_actor, actor_optimizer, t, args, ne_generator, scoring[:1], probe[:1]
                     log("ne/actor", grow_and_prune_(*of))
                     absent_actor = absent_connections(actor)

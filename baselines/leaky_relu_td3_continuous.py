@@ -86,12 +86,12 @@ def fail(message, code=2):
 
 
 def make_env(env_id, **options):
-    """A task with vectors as observations (float32) and bounded vectors as actions; ends the process otherwise."""
+    """A task with vectors as observations (float32), bounded ones (1e10: MuJoCo's none) as actions; or an exit."""
     try:
         env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
         seen, space = env.observation_space, env.action_space
         vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and len(seen.shape or ()) != 3
-        assert vectors and np.isfinite([space.low, space.high]).all(), f"{seen} and {space}: no (bounded) vectors"
+        assert vectors and (np.abs([space.low, space.high]) < 1e10).all(), f"{seen} and {space}: no (bounded) vectors"
     except Exception as error:
         fail(f"--env-id {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
     env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)

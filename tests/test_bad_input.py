@@ -38,6 +38,7 @@ TASKS = {
     "ToyMatrixAction-v0": "no .*vectors",
     "ToyUnboundedAction-v0": "bounded",
     "ToyHalfBoundedAction-v0": "bounded",
+    "dm_control/lqr-lqr_2_1-v0": "bounded",  # to MuJoCo, 1e10 is no bound
     "ToyImageObservation-v0": "8, 8, 3",
 }
 
