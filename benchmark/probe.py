@@ -33,7 +33,8 @@ import matplotlib.pyplot as plt
 import report as reports
 from random_labels import ROOT, TD3, effective_rank, fail, hessian_eigenvalue, load_script, markdown, put_on_page
 
-RESULTS = ROOT / "benchmark" / "results" / "probe"  # what the page of plasticity shows
+RESULTS = ROOT / "benchmark" / "results"
+PAGES = {"probe": "plasticity.md", "probe_1m": "million_steps.md"}  # folder of results: the page that shows its table
 
 INPUTS, DRAWS, BATCH, STEPS = 512, 3, 256, 500
 PLAYED = 2000  # environment steps of a run that the inputs are drawn from
@@ -462,8 +463,9 @@ def main(argv=None):
                 for runs in tasks.values():
                     probe(runs, against, args.steps, args.targets, keep)
         print(report(args.out))
-        if args.out.resolve() == RESULTS:
-            put_on_page("probe", short_table(args.out))
+        for name, page in PAGES.items():
+            if args.out.resolve() == RESULTS / name:
+                put_on_page(name, short_table(args.out), ROOT / "benchmark" / page)
     except OSError as error:
         fail(f"--out {args.out}: {error}")
     except KeyboardInterrupt:

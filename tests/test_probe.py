@@ -281,14 +281,15 @@ def test_the_short_table_has_each_runs_last_loss_over_a_fresh_dense_network(tmp_
     assert td3 == "| `td3` | 11.5 | 5.75 | 0.1 | 1 | 0.5 | 0.1 | 0.25 |"
 
 
-def test_the_committed_report_and_the_pages_table_are_those_of_the_committed_networks(tmp_path, capsys):
-    again, page = tmp_path / "again", ROOT / "benchmark" / "plasticity.md"
+@pytest.mark.parametrize("name", probe.PAGES)
+def test_the_committed_report_and_the_pages_table_are_those_of_the_committed_networks(name, tmp_path, capsys):
+    again, page = tmp_path / "again", ROOT / "benchmark" / probe.PAGES[name]
     again.mkdir()
-    shutil.copy(probe.RESULTS / "probe.csv", again)
+    shutil.copy(probe.RESULTS / name / "probe.csv", again)
     probe.main(["--report", "--out", str(again)])
-    assert (again / "report.md").read_text() == (probe.RESULTS / "report.md").read_text(), "run with --report"
+    assert (again / "report.md").read_text() == (probe.RESULTS / name / "report.md").read_text(), "run with --report"
     shutil.copy(page, again)
-    probe.put_on_page("probe", probe.short_table(again), again / page.name)
+    probe.put_on_page(name, probe.short_table(again), again / page.name)
     assert (again / page.name).read_text() == page.read_text(), "run with --report"
 
 

@@ -207,10 +207,25 @@ def test_the_readmes_three_lines_of_results_are_the_published_numbers():
     t = stats.t.ppf(0.975, 4)
     shift = optimize.brentq(lambda x: stats.nct.sf(t, 4, x) - 0.8, 2, 6)
     told = shift * (ne - td3).std(ddof=1) / 5**0.5
-    assert f"would have shown one of {told:.0f}." in text
+    assert f"would have shown one of {told:.0f} in 80 % of cases." in text
     assert f"network ({static.mean():.0f})" in text and stats.ttest_rel(ne, static).pvalue > 0.05
     assert f"NE without growth is behind ({kept.mean():.0f})" in text and stats.ttest_rel(ne, kept).pvalue < 0.01
     assert runs["steps"].eq(100_000).all() and len(ne) == 5
+
+    long, published = (pd.read_csv(RESULTS / "td3_1m" / f"{name}.csv", comment="#") for name in ("curves", "published"))
+    last = long[(long["tag"] == "return") & (long["step"] > 900_000)].groupby("method")["value"].agg(["size", "mean"])
+    assert last["size"].eq(10).all() and long.groupby("method")["seed"].nunique().eq(1).all()
+    means = [
+        *last.loc[["ne_td3_continuous", "td3_continuous"], "mean"],
+        published.query("step > 900_000")["mean"].mean(),
+    ]
+    assert "one seed of each" in text
+    assert "over the last ten evaluations NE {:.0f}, TD3 {:.0f}, published TD3 {:.0f}.".format(*means) in text
+    probed = pd.read_csv(RESULTS / "probe_1m" / "probe.csv")
+    probed = probed[probed["step"] > 0]
+    assert (probed["loss"] < probed["fresh_dense_loss"].fillna(probed["fresh_loss"])).all()
+    ends = probed[probed["step"] == 1_000_000].groupby(["network", "method"])["loss"].first().unstack()
+    assert (ends["ne_td3_continuous"] < ends["td3_continuous"]).all() and means[0] < means[1]
 
 
 def markdown_rows(text):
