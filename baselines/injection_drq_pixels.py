@@ -584,6 +584,6 @@ def main(args):
 
 if __name__ == "__main__":
     play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # what nohup has set to be ignored stays so
-    for number in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
-        signal.signal(number, lambda n, _: os._exit(128 + n) if play or (stop and n != hup) else stop.append(n))
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
+        signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

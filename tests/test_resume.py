@@ -477,8 +477,13 @@ def test_a_second_process_beside_a_running_one_is_refused_and_hurts_neither(
 
 @pytest.mark.parametrize(
     "numbers",
-    [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)],  # a terminal that closes sends it twice
-    ids=["SIGINT", "SIGTERM", "SIGHUP twice"],
+    [
+        (signal.SIGINT,),
+        (signal.SIGTERM,),
+        (signal.SIGHUP, signal.SIGHUP),  # a terminal that closes sends it twice
+        (signal.SIGHUP, signal.SIGTERM),  # a sweep whose processes are all told to stop: first its worker dies
+    ],
+    ids=["SIGINT", "SIGTERM", "SIGHUP twice", "SIGHUP and SIGTERM"],
 )
 @with_one
 def test_a_signal_ends_the_run_after_its_episode_and_says_how_to_go_on(script, numbers, tmp_path_factory):
@@ -505,16 +510,16 @@ def test_a_signal_ends_the_run_after_its_episode_and_says_how_to_go_on(script, n
     assert_same_run(folder, uninterrupted(script, tmp_path_factory))
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)])
 @with_one
 def test_a_second_signal_ends_the_run_at_once(script, numbers, tmp_path_factory):
     def second():
-        send(numbers[0])
-        at_step(20, lambda: (Path("twenty").touch(), send(numbers[1])))
+        send(*numbers[:-1])
+        at_step(20, lambda: (Path("twenty").touch(), send(numbers[-1])))
 
     words = harness.flags(harness.short_args(script, **SETTINGS | {"eval_interval": 0}))
     process = Fork(script, *words, before=lambda: at_step(430, second))
-    assert process.wait() == 128 + numbers[1] and Path("twenty").exists()
+    assert process.wait() == 128 + numbers[-1] and Path("twenty").exists()
     assert "Traceback" not in Path("err.txt").read_text() and Path("out.txt").read_text() == ""
     assert harness.saved(the_folder() / "checkpoint.pt")["step"] == 300
 

@@ -260,9 +260,13 @@ def test_an_interrupted_sweep_has_its_runs_write_checkpoints(number, to_all, sig
     process = start(scripts=["td3_continuous"], more=["--checkpoint-interval", "0", *long], sigint=sigint)
     until(lambda: list(Path("runs").glob("*/runs/*/checkpoint.pt")), process)
     assert begun() == 0
-    below = psutil.Process(process.pid).children(recursive=True) if to_all else []
-    for told in [process, *below]:
+    ray, run = psutil.Process(process.pid).children(recursive=True) if to_all else [], training()[0]
+    worker = run.ppid()
+    for told in [process, *(one for one in ray if one != run)]:
         told.send_signal(number)
+    if to_all:
+        until(lambda: run.ppid() != worker)  # the hard case: it heeds the end of its worker before it is told itself
+        run.send_signal(number)
     assert process.wait(200) == 128 + number and "the same command goes on" in Path("out.txt").read_text()
     assert begun() == 1 and not training()
 
