@@ -274,22 +274,22 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
     fires, so its connections have a gradient and can grow again.
     """
     silent = [(l, i) for l, h in enumerate(hidden) for i in (dormant_scores(h) <= 0).nonzero().flatten().tolist()]
-    pruned, spent = [torch.zeros_like(layer.mask) for layer in layers], 0
+    taken, pruned = [torch.zeros_like(layer.mask) for layer in layers], 0
     for l, i in (silent[index] for index in torch.randperm(len(silent), generator=generator).tolist()):
         incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # a row of this layer, a column of the next one
         cost = sum(int(layers[k].mask[where].sum()) for k, where in (incoming, outgoing))
-        if cost and spent + cost > budget:  # a neuron without connections costs nothing
+        if cost and pruned + cost > budget:  # a neuron without connections costs nothing
             continue
-        spent += cost
+        pruned += cost
         for k, where in (incoming, outgoing):
-            pruned[k][where] |= layers[k].mask[where]
+            taken[k][where] |= layers[k].mask[where]
             layers[k].pruned += layers[k].mask[where].sum()
             for tensor in (layers[k].mask, layers[k].weight, *adam_moments(optimizer, layers[k].weight)):
                 tensor[where] = 0
         layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5  # mean 0: a dead layer
         for moment in adam_moments(optimizer, layers[l].bias):
             moment[i] = 0
-    return spent, pruned
+    return pruned, taken
 
 
 # --- NE: one event of one network (sections 3 and 4) ---
@@ -309,8 +309,8 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
     for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: what was pruned grows again too
-        k, drawn = start[l] + scheduled[l] - int(layer.mask.sum()), args.growth_criterion == "random"
-        grown += grow_(layer, k, exclude=taken and taken[l], generator=generator if drawn else None)
+        missing = start[l] + scheduled[l] - int(layer.mask.sum())
+        grown += grow_(layer, missing, taken and taken[l], generator if args.growth_criterion == "random" else None)
     after = network(*probe)
     for layer, target_layer in zip(layers, masked_layers(target), strict=True):
         target_layer.mask.copy_(layer.mask)
@@ -423,7 +423,7 @@ def main(args):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)
-    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    generators = [torch.manual_seed(args.seed), log_generator := torch.Generator().manual_seed(args.seed + 1)]
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
     eval_env, obs_dim, space = make_env(args.env_id), env.observation_space.shape[0], env.action_space
@@ -494,7 +494,7 @@ def main(args):
     absent_qf, absent_actor = absent_connections(qf1, qf2), absent_connections(actor)
     # --- end NE ---
     save_run()
-    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    start_step, start_time, save_every = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
     bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
     for global_step in range(start_step + 1, args.total_timesteps + 1):
@@ -569,7 +569,7 @@ def main(args):
                 gate.reviewed = 0
             # --- end NE ---
             if t % args.neuron_interval == 0:
-                sample = rb.sample(2048, generator=generators[1])
+                sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():
                     hidden = network.hidden(*sample[: 1 if name == "actor" else 2])
                     log(f"neurons/{name}", neuron_statistics(hidden) | connection_statistics(network))
@@ -592,7 +592,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
-            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
                 save_run()
 
     rb.added = rb.added if stop else 0  # a finished run keeps all but its replay

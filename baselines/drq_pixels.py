@@ -332,7 +332,7 @@ def main(args):
             ctypes.CDLL(None).mallopt(option, size)  # keeps freed memory: page faults are a fifth of an update's time
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)
-    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    generators = [torch.manual_seed(args.seed), log_generator := torch.Generator().manual_seed(args.seed + 1)]
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env, eval_env = (make_env(args) for _ in range(2))
     action_dim, space = env.action_space.shape[0], env.action_space
@@ -406,7 +406,7 @@ def main(args):
     # with --bf16; a cache would hide the weights from the pass with gradient
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     save_run()
-    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    start_step, start_time, save_every = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
     bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
     for global_step in range(start_step + 1, args.total_timesteps + 1):
@@ -474,7 +474,7 @@ def main(args):
                 alpha_optimizer.step()
                 torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
             if t % args.neuron_interval == 0:
-                sample = inputs(rb.sample(2048, generator=generators[1]), *eyes)
+                sample = inputs(rb.sample(2048, generator=log_generator), *eyes)
                 for name, network in networks.items():
                     hidden = network.hidden(*sample[name])
                     log(f"neurons/{name}", neuron_statistics(hidden))
@@ -499,7 +499,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
             if stop:
                 break
-            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
                 save_run()
 
     if not stop:

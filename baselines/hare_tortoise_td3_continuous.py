@@ -222,7 +222,7 @@ def main(args):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)
-    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    generators = [torch.manual_seed(args.seed), log_generator := torch.Generator().manual_seed(args.seed + 1)]
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = make_env(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
     eval_env, obs_dim, space = make_env(args.env_id), env.observation_space.shape[0], env.action_space
@@ -286,7 +286,7 @@ def main(args):
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole or not at all
 
     save_run()
-    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    start_step, start_time, save_every = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
     bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
     for global_step in range(start_step + 1, args.total_timesteps + 1):
@@ -335,7 +335,7 @@ def main(args):
             follow_(tortoise, networks, args.tortoise_decay, meet)
             # --- end Hare & Tortoise ---
             if t % args.neuron_interval == 0:
-                sample = rb.sample(2048, generator=generators[1])
+                sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():
                     hidden = network.hidden(*sample[: 1 if name == "actor" else 2])
                     log(f"neurons/{name}", neuron_statistics(hidden))
@@ -358,7 +358,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
             if stop:
                 break
-            if global_step // interval > (global_step - info["episode"]["l"]) // interval:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
                 save_run()
 
     rb.added = rb.added if stop else 0  # a finished run keeps all but its replay

@@ -287,7 +287,7 @@ def main(args):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)
-    generators = [torch.manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)]  # of the run, of the logs
+    generators = [torch.manual_seed(args.seed), log_generator := torch.Generator().manual_seed(args.seed + 1)]
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_tasks(args.env_ids, **{"render_mode": "rgb_array"} if args.capture_video else {})
     eval_envs, obs_dim, space = make_tasks(args.env_ids), envs[0].observation_space.shape[0], envs[0].action_space
@@ -365,7 +365,7 @@ def main(args):
         means = [float(np.mean(evaluate(*of_task, args.eval_episodes, args.seed))) for of_task in policies]
         table.append([0, 0, "random policy", *means])
     save_run()
-    start_step, start_time, interval = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
+    start_step, start_time, save_every = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * learned(global_step), True  # t: gradient steps (section 1)
     bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
     for global_step in range(start_step + 1, args.total_timesteps + 1):
@@ -418,7 +418,7 @@ def main(args):
                 actor_optimizer.step()
                 torch._foreach_lerp_(target_parameters, parameters, args.tau)
             if t % args.neuron_interval == 0:
-                sample = rb.sample(2048, generator=generators[1])
+                sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():
                     hidden = network.hidden(*sample[: 1 if name == "actor" else 2])
                     log(f"neurons/{name}", neuron_statistics(hidden))
@@ -460,7 +460,7 @@ def main(args):
             bar.set_postfix_str(f"{names[task]}: return={total:.1f}", refresh=False)
             if stop:
                 break
-            if ends or global_step // interval > (global_step - length) // interval:
+            if ends or global_step // save_every > (global_step - length) // save_every:
                 save_run()
 
     save_run()
