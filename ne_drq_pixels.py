@@ -108,7 +108,7 @@ class Args:
             raise ValueError(f"--growth-interval must be a multiple of --policy-frequency {self.policy_frequency}")
         # --- end NE ---
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -280,7 +280,7 @@ def erdos_renyi_densities(shapes, density):
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
-        sparse = sparse - saturated if saturated else set()
+        sparse = sparse - saturated if saturated else set()  # empty: done
     return [min(1.0, d) for d in densities]
 
 
@@ -302,7 +302,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask) of each layer that has absent connections; to be made anew when masks have changed."""
+    """(weight, float mask, 1: active) of each layer that has absent connections; to be made anew once masks changed."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -378,14 +378,14 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     """
     layers, grown, pruned, taken = masked_layers(network), 0, 0, None
     start, end = (connection_counts(layers, d, args.dense_ends) for d in (args.initial_density, args.final_density))
-    growth = (max(0, e - s) for s, e in zip(start, end, strict=True))
+    growth = (max(0, e - s) for s, e in zip(start, end, strict=True))  # n_free of each layer
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
     before = network(*probe)
     if args.prune:
         budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: what was pruned grows again too
+    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: as many as were pruned, too
         missing = start[l] + scheduled[l] - int(layer.mask.sum())
         grown += grow_(layer, missing, taken and taken[l], generator if args.growth_criterion == "random" else None)
     after = network(*probe)
@@ -525,23 +525,23 @@ def evaluate(encoder, actor_projection, actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run with its episode
+stop = []  # signals that have come: the first one ends the run when the episode ends
 
 
 def main(args):
     """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
     play, script, checkpoint = args.evaluate, Path(__file__).stem, None
     name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
-    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    folder, args_json = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+            assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
             fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
     if sys.platform == "linux":
@@ -592,10 +592,10 @@ def main(args):
         global_step, actor_loss = checkpoint["step"], checkpoint["actor_loss"]
     else:
         (folder / "models").mkdir(parents=True)
-        (folder / "args.json").write_text(text)
+        (folder / "args.json").write_text(args_json)
         lock.acquire()
     if args.capture_video:
-        name, every = ("play", lambda episode: True) if play else ("run", None)
+        name, every = ("play", lambda episode: True) if play else ("run", None)  # None: now and then
         env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
     if play:
         returns = evaluate(encoder, actor_projection, actor, env, args.eval_episodes, args.seed)
@@ -622,7 +622,7 @@ def main(args):
         writer.flush()
         models = {**critics, **actors}
         torch.save({name: net.state_dict() for name, net in models.items()}, f"{folder}/models/{global_step}.pt")
-        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach()}
+        new = {"run": script + args_json, "step": global_step, "actor_loss": actor_loss.detach()}
         new |= {"random": [g.get_state() for g in generators]}
         new |= {name: part.state_dict() for name, part in state.items()}
         torch.save(new, folder / "checkpoint.tmp")
@@ -688,8 +688,8 @@ def main(args):
             if event:
                 scoring, probe = (inputs(rb.sample(2048, generator=ne_generator), *eyes) for _ in range(2))
                 for name in ("qf1", "qf2"):
-                    of = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[name], probe[name]
-                    log(f"ne/{name}", grow_and_prune_(*of))
+                    call = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[name], probe[name]
+                    log(f"ne/{name}", grow_and_prune_(*call))
                 absent_qf = absent_connections(qf1, qf2)
             for weight, mask in absent_qf:
                 weight.grad.mul_(mask)  # so that Adam's moments of absent connections stay 0 (section 1)
@@ -710,8 +710,8 @@ def main(args):
                 # --- NE: dormant pruning and elastic growth of the actor (sections 3 and 4) ---
                 if event:  # growth_interval is a multiple of policy_frequency
                     # on features from before the critics' step, which has moved the convolutions once
-                    of = actor, actor, actor_optimizer, t, args, ne_generator, scoring["actor"], probe["actor"]
-                    log("ne/actor", grow_and_prune_(*of))  # it has no target, and stands for it
+                    call = actor, actor, actor_optimizer, t, args, ne_generator, scoring["actor"], probe["actor"]
+                    log("ne/actor", grow_and_prune_(*call))  # it has no target, and stands for it
                     absent_actor = absent_connections(actor)
                 for weight, mask in absent_actor:
                     weight.grad.mul_(mask)
@@ -771,7 +771,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # what nohup has set to be ignored stays so
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
+    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

@@ -82,7 +82,7 @@ class Args:
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
         limits |= {"image_size": (15, 480), "shift": (0, 1e18), "alpha": (1e-9, 1e18)}  # MuJoCo's picture: 480 rows
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -307,23 +307,23 @@ def evaluate(encoder, actor_projection, actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run with its episode
+stop = []  # signals that have come: the first one ends the run when the episode ends
 
 
 def main(args):
     """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
     play, script, checkpoint = args.evaluate, Path(__file__).stem, None
     name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
-    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    folder, args_json = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+            assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
             fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
     if sys.platform == "linux":
@@ -367,10 +367,10 @@ def main(args):
         global_step, actor_loss = checkpoint["step"], checkpoint["actor_loss"]
     else:
         (folder / "models").mkdir(parents=True)
-        (folder / "args.json").write_text(text)
+        (folder / "args.json").write_text(args_json)
         lock.acquire()
     if args.capture_video:
-        name, every = ("play", lambda episode: True) if play else ("run", None)
+        name, every = ("play", lambda episode: True) if play else ("run", None)  # None: now and then
         env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
     if play:
         returns = evaluate(encoder, actor_projection, actor, env, args.eval_episodes, args.seed)
@@ -397,7 +397,7 @@ def main(args):
         writer.flush()
         models = {**critics, **actors}
         torch.save({name: net.state_dict() for name, net in models.items()}, f"{folder}/models/{global_step}.pt")
-        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach()}
+        new = {"run": script + args_json, "step": global_step, "actor_loss": actor_loss.detach()}
         new |= {"random": [g.get_state() for g in generators]}
         new |= {name: part.state_dict() for name, part in state.items()}
         torch.save(new, folder / "checkpoint.tmp")
@@ -512,7 +512,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # what nohup has set to be ignored stays so
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
+    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

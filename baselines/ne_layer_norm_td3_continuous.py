@@ -98,7 +98,7 @@ class Args:
             raise ValueError(f"--growth-interval must be a multiple of --policy-frequency {self.policy_frequency}")
         # --- end NE ---
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -119,7 +119,7 @@ def make_env(env_id, **options):
     except Exception as error:
         fail(f"--env-id {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
     env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # copied
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # a copy: tasks reuse it
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -205,7 +205,7 @@ def erdos_renyi_densities(shapes, density):
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
-        sparse = sparse - saturated if saturated else set()
+        sparse = sparse - saturated if saturated else set()  # empty: done
     return [min(1.0, d) for d in densities]
 
 
@@ -227,7 +227,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask) of each layer that has absent connections; to be made anew when masks have changed."""
+    """(weight, float mask, 1: active) of each layer that has absent connections; to be made anew once masks changed."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -321,7 +321,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     """
     layers, grown, pruned, taken = masked_layers(network), 0, 0, None
     start, end = (connection_counts(layers, d, args.dense_ends) for d in (args.initial_density, args.final_density))
-    growth = (max(0, e - s) for s, e in zip(start, end, strict=True))
+    growth = (max(0, e - s) for s, e in zip(start, end, strict=True))  # n_free of each layer
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
     before = network(*probe)
     if args.prune:
@@ -335,7 +335,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
         revive_(network, optimizer, hidden, before_norm)
         # --- end NE-LayerNorm ---
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: what was pruned grows again too
+    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: as many as were pruned, too
         missing = start[l] + scheduled[l] - int(layer.mask.sum())
         grown += grow_(layer, missing, taken and taken[l], generator if args.growth_criterion == "random" else None)
     after = network(*probe)
@@ -427,23 +427,23 @@ def evaluate(actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run with its episode
+stop = []  # signals that have come: the first one ends the run when the episode ends
 
 
 def main(args):
     """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
     play, script, checkpoint = args.evaluate, Path(__file__).stem, None
     name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
-    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    folder, args_json = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+            assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
             fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
     if args.capture_video and sys.platform == "linux":
@@ -481,10 +481,10 @@ def main(args):
         rb.rows[: len(rb)] = checkpoint.pop("rows")
     else:
         (folder / "models").mkdir(parents=True)
-        (folder / "args.json").write_text(text)
+        (folder / "args.json").write_text(args_json)
         lock.acquire()
     if args.capture_video:
-        name, every = ("play", lambda episode: True) if play else ("run", None)
+        name, every = ("play", lambda episode: True) if play else ("run", None)  # None: now and then
         env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
     if play:
         returns = evaluate(actor, env, args.eval_episodes, args.seed)
@@ -510,7 +510,7 @@ def main(args):
         check_finite("a weight", *parameters)
         writer.flush()
         torch.save({name: net.state_dict() for name, net in networks.items()}, f"{folder}/models/{global_step}.pt")
-        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
+        new = {"run": script + args_json, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
         # through numpy: of a tensor's slice the whole tensor would be saved
         new |= {"rows": torch.from_numpy(rb.rows.numpy()[: len(rb)]), "random": [g.get_state() for g in generators]}
         new |= {name: part.state_dict() for name, part in state.items()}
@@ -564,8 +564,8 @@ def main(args):
             if event:
                 scoring, probe = (rb.sample(2048, generator=ne_generator) for _ in range(2))
                 for name in ("qf1", "qf2"):
-                    of = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[:2], probe[:2]
-                    log(f"ne/{name}", grow_and_prune_(*of))
+                    call = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[:2], probe[:2]
+                    log(f"ne/{name}", grow_and_prune_(*call))
                 absent_qf = absent_connections(qf1, qf2)
             for weight, mask in absent_qf:
                 weight.grad.mul_(mask)  # so that Adam's moments of absent connections stay 0 (section 1)
@@ -579,8 +579,8 @@ def main(args):
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 # --- NE: dormant pruning and elastic growth of the actor (sections 3 and 4) ---
                 if event:  # growth_interval is a multiple of policy_frequency
-                    of = actor, target_actor, actor_optimizer, t, args, ne_generator, scoring[:1], probe[:1]
-                    log("ne/actor", grow_and_prune_(*of))
+                    call = actor, target_actor, actor_optimizer, t, args, ne_generator, scoring[:1], probe[:1]
+                    log("ne/actor", grow_and_prune_(*call))
                     absent_actor = absent_connections(actor)
                 for weight, mask in absent_actor:
                     weight.grad.mul_(mask)
@@ -631,7 +631,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # what nohup has set to be ignored stays so
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
+    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

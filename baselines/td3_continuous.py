@@ -69,7 +69,7 @@ class Args:
         limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -90,7 +90,7 @@ def make_env(env_id, **options):
     except Exception as error:
         fail(f"--env-id {env_id}: {error} (MuJoCo tasks end in -v4 or -v5; DM Control: dm_control/walker-walk-v0)")
     env = env if len(seen.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # copied
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), None)  # a copy: tasks reuse it
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -178,23 +178,23 @@ def evaluate(actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run with its episode
+stop = []  # signals that have come: the first one ends the run when the episode ends
 
 
 def main(args):
     """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
     play, script, checkpoint = args.evaluate, Path(__file__).stem, None
     name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
-    folder, text = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    folder, args_json = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(text := (folder / "args.json").read_text()) | own)
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            assert checkpoint["run"] == script + text, "checkpoint.pt is another script's, or of other arguments"
+            assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
         except Exception as error:
             fail(f"--{'resume' if play is None else 'evaluate'} {folder}: damaged, held by another process, or {error}")
     if args.capture_video and sys.platform == "linux":
@@ -225,10 +225,10 @@ def main(args):
         rb.rows[: len(rb)] = checkpoint.pop("rows")
     else:
         (folder / "models").mkdir(parents=True)
-        (folder / "args.json").write_text(text)
+        (folder / "args.json").write_text(args_json)
         lock.acquire()
     if args.capture_video:
-        name, every = ("play", lambda episode: True) if play else ("run", None)
+        name, every = ("play", lambda episode: True) if play else ("run", None)  # None: now and then
         env = gym.wrappers.RecordVideo(env, f"{folder}/videos", every, name_prefix=f"{name}-{global_step}")
     if play:
         returns = evaluate(actor, env, args.eval_episodes, args.seed)
@@ -254,7 +254,7 @@ def main(args):
         check_finite("a weight", *parameters)
         writer.flush()
         torch.save({name: net.state_dict() for name, net in networks.items()}, f"{folder}/models/{global_step}.pt")
-        new = {"run": script + text, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
+        new = {"run": script + args_json, "step": global_step, "actor_loss": actor_loss.detach(), "added": rb.added}
         # through numpy: of a tensor's slice the whole tensor would be saved
         new |= {"rows": torch.from_numpy(rb.rows.numpy()[: len(rb)]), "random": [g.get_state() for g in generators]}
         new |= {name: part.state_dict() for name, part in state.items()}
@@ -342,7 +342,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # what nohup has set to be ignored stays so
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):
+    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))
