@@ -299,7 +299,8 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
 
     t: gradient steps so far; scoring, probe: two batches of the network's inputs -> what happened, by the logged names.
     """
-    layers, grown, pruned, taken = masked_layers(network), 0, 0, None
+    layers = masked_layers(network)
+    grown, pruned, taken = 0, 0, [None] * len(layers)
     start, end = (connection_counts(layers, d, args.dense_ends) for d in (args.initial_density, args.final_density))
     growth = (max(0, e - s) for s, e in zip(start, end, strict=True))  # n_free of each layer
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
@@ -310,12 +311,11 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     between = network(*probe)
     for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: as many as were pruned, too
         missing = start[l] + scheduled[l] - int(layer.mask.sum())
-        grown += grow_(layer, missing, taken and taken[l], generator if args.growth_criterion == "random" else None)
-    after = network(*probe)
+        grown += grow_(layer, missing, taken[l], generator if args.growth_criterion == "random" else None)
     for layer, target_layer in zip(layers, masked_layers(target), strict=True):
         target_layer.mask.copy_(layer.mask)
         target_layer.weight.mul_(layer.mask)
-    changes = {"output_change_pruning": between - before, "output_change_growth": after - between}
+    changes = {"output_change_pruning": between - before, "output_change_growth": network(*probe) - between}
     return {"grown": grown, "pruned": pruned} | {name: float(change.abs().max()) for name, change in changes.items()}
 
 
@@ -349,7 +349,7 @@ class ReviewGate:
 # --- NE: looking at the connections (section 6) ---
 def density(network):
     """Active connections over all connections of a network, of several, or of a layer -> float."""
-    return sum(int(l.mask.sum()) for l in masked_layers(network)) / sum(l.mask.numel() for l in masked_layers(network))
+    return float(torch.cat([layer.mask.flatten() for layer in masked_layers(network)]).double().mean())
 
 
 def connection_statistics(network):
@@ -406,8 +406,8 @@ stop = []  # signals that have come: the first one ends the run when the episode
 def main(args):
     """Trains, goes on with --resume, or plays with --evaluate -> the run's folder."""
     play, script, checkpoint = args.evaluate, Path(__file__).stem, None
-    name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
-    folder, args_json = Path(args.resume or play or f"runs/{name}"), json.dumps(vars(args), indent=2)
+    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
+    folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
         own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
@@ -467,6 +467,7 @@ def main(args):
     if args.track:
         importlib.import_module("wandb").init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=global_step + 1)  # what was logged after the checkpoint is void
+    bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
 
     def log(group, values):
         for name, value in values.items():
@@ -496,7 +497,6 @@ def main(args):
     save_run()
     start_step, start_time, save_every = global_step, time.time(), args.checkpoint_interval or args.total_timesteps
     t, done = args.replay_ratio * max(0, global_step - args.learning_starts), True  # t: gradient steps (section 1)
-    bar = tqdm(initial=global_step, total=args.total_timesteps, unit=" steps", mininterval=1, dynamic_ncols=True)
     for global_step in range(start_step + 1, args.total_timesteps + 1):
         if done:
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
@@ -604,7 +604,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    play, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
+    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
     for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
-        signal.signal(s, lambda n, _: os._exit(128 + n) if play or (n != hup and {*stop} - {hup}) else stop.append(n))
+        signal.signal(s, lambda n, _: os._exit(128 + n) if once or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))
