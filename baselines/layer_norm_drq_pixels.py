@@ -271,8 +271,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size, generator=None):
         """Draws uniformly, with replacement -> Batch of tensors [batch, ...]."""
-        age = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
-        index = (self.dropped + age) % len(self.rows)
+        rank = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
+        index = (self.dropped + rank) % len(self.rows)
         # obs and next_obs overlap: the newest frame of obs, the one after it and those before it make both; in place of
         # what would lie before the episode stands its first frame
         first, newest = self.spans[index].split(1, 1)
@@ -310,7 +310,7 @@ def evaluate(encoder, actor_projection, actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run when the episode ends
+stop = []  # signals that have come (handler: last lines); the first one ends the run when the episode ends
 
 
 def main(args):
@@ -320,10 +320,10 @@ def main(args):
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
-        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
+        given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
+            assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | given)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
             assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
@@ -502,11 +502,11 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
                 save_run()
 
     if not stop:
-        rb.added = rb.dropped = rb.frame_count = 0  # a finished run keeps all but its replay
+        rb.added = rb.dropped = rb.frame_count = 0  # len(rb) = 0: a finished run keeps all but its replay
     save_run()
     for used in (writer, env, bar):
         used.close()
@@ -515,7 +515,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
+    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # once: one signal ends it; else two, SIGHUP aside
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # not nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if once or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

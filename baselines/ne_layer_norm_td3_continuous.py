@@ -125,7 +125,7 @@ def make_env(env_id, **options):
 
 # --- NE: masked layers (section 1) ---
 class MaskedLinear(nn.Linear):
-    """A linear layer with a mask [out, in] of its active connections and a count of those that pruning has taken.
+    """A linear layer with a mask [out, in] of its active connections and a count of those pruned so far (section 4).
 
     Outside an optimizer step the weight is 0 where the mask is False: forward pass and gradient are the dense ones.
     """
@@ -205,7 +205,7 @@ def erdos_renyi_densities(shapes, density):
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
-        sparse = sparse - saturated if saturated else set()  # empty: done
+        sparse = sparse - saturated if saturated else set()  # none saturated: done
     return [min(1.0, d) for d in densities]
 
 
@@ -227,7 +227,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask, 1: active) of each layer that has absent connections; to be made anew once masks changed."""
+    """(weight, float mask, 1: active) of each layer that is not dense, to mask gradients; anew once masks change."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -242,7 +242,7 @@ def scheduled_growth(t, total_steps, interval, n_free):
         raise ValueError(f"interval {interval} must lie in 1 ... {total_steps}, the run's gradient steps")
     events, event = total_steps // interval, max(0, t // interval)
     parts = [1 + math.cos(math.pi * j * interval / total_steps) for j in range(1, events + 1)]
-    return n_free if event >= events else round(n_free * sum(parts[:event]) / (sum(parts) or 1.0))
+    return n_free if event >= events else round(n_free * sum(parts[:event]) / (sum(parts) or 1.0))  # 0: E = 1
 
 
 @torch.no_grad()
@@ -276,13 +276,13 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
     fires, so its connections have a gradient and can grow again.
     """
     silent = [(l, i) for l, h in enumerate(hidden) for i in (dormant_scores(h) <= 0).nonzero().flatten().tolist()]
-    taken, pruned = [torch.zeros_like(layer.mask) for layer in layers], 0
+    taken, spent = [torch.zeros_like(layer.mask) for layer in layers], 0
     for l, i in (silent[index] for index in torch.randperm(len(silent), generator=generator).tolist()):
         incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # a row of this layer, a column of the next one
         cost = sum(int(layers[k].mask[where].sum()) for k, where in (incoming, outgoing))
-        if cost and pruned + cost > budget:  # a neuron without connections costs nothing
+        if cost and spent + cost > budget:  # a neuron without connections costs nothing
             continue
-        pruned += cost
+        spent += cost
         for k, where in (incoming, outgoing):
             taken[k][where] |= layers[k].mask[where]
             layers[k].pruned += layers[k].mask[where].sum()
@@ -291,7 +291,7 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
         layers[l].bias[i] = float(hidden[l].abs().mean()) or layers[l].in_features ** -0.5  # mean 0: a dead layer
         for moment in adam_moments(optimizer, layers[l].bias):
             moment[i] = 0
-    return pruned, taken
+    return spent, taken
 
 
 # --- NE-LayerNorm: how a pruned neuron fires again in spite of the norm ---
@@ -326,7 +326,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
     before = network(*probe)
     if args.prune:
-        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # unused, it carries over
+        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # what is left carries over
         # --- NE-LayerNorm: what the layers do before pruning ---
         hidden = network.hidden(*scoring)
         before_norm = [network.fc1(torch.cat(scoring, 1)), network.fc2(hidden[0])]
@@ -336,7 +336,7 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
         revive_(network, optimizer, hidden, before_norm)
         # --- end NE-LayerNorm ---
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):  # up to the schedule: as many as were pruned, too
+    for l, layer in enumerate(layers if args.grow else []):  # up to A_l(t), so as many as were pruned, too
         missing = start[l] + scheduled[l] - int(layer.mask.sum())
         grown += grow_(layer, missing, taken[l], generator if args.growth_criterion == "random" else None)
     for layer, target_layer in zip(layers, masked_layers(target), strict=True):
@@ -407,8 +407,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size, oldest=1.0, generator=None):
         """Draws uniformly, with replacement, from the oldest share of the buffer -> Batch of tensors [batch, ...]."""
-        age = torch.randint(max(1, int(len(self) * oldest)), (batch_size,), generator=generator)  # from 0, the oldest
-        rows = self.rows.index_select(0, (self.added - len(self) + age) % len(self.rows)).to(self.device)
+        rank = torch.randint(max(1, int(len(self) * oldest)), (batch_size,), generator=generator)  # from 0, the oldest
+        rows = self.rows.index_select(0, (self.added - len(self) + rank) % len(self.rows)).to(self.device)
         obs, actions, reward, next_obs, terminated = rows.split(self.widths, 1)
         return Batch(obs, actions, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -427,7 +427,7 @@ def evaluate(actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run when the episode ends
+stop = []  # signals that have come (handler: last lines); the first one ends the run when the episode ends
 
 
 def main(args):
@@ -437,10 +437,10 @@ def main(args):
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
-        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
+        given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
+            assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | given)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
@@ -567,8 +567,8 @@ def main(args):
                     call = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[:2], probe[:2]
                     log(f"ne/{name}", grow_and_prune_(*call))
                 absent_qf = absent_connections(qf1, qf2)
-            for weight, mask in absent_qf:
-                weight.grad.mul_(mask)  # so that Adam's moments of absent connections stay 0 (section 1)
+            for weight, active in absent_qf:
+                weight.grad.mul_(active)  # so that Adam's moments of absent connections stay 0 (section 1)
             # --- end NE ---
             q_optimizer.step()
 
@@ -582,8 +582,8 @@ def main(args):
                     call = actor, target_actor, actor_optimizer, t, args, ne_generator, scoring[:1], probe[:1]
                     log("ne/actor", grow_and_prune_(*call))
                     absent_actor = absent_connections(actor)
-                for weight, mask in absent_actor:
-                    weight.grad.mul_(mask)
+                for weight, active in absent_actor:
+                    weight.grad.mul_(active)
                 # --- end NE ---
                 actor_optimizer.step()
                 torch._foreach_lerp_(target_parameters, parameters, args.tau)
@@ -619,10 +619,10 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
                 save_run()
 
-    rb.added = rb.added if stop else 0  # a finished run keeps all but its replay
+    rb.added = rb.added if stop else 0  # len(rb) = 0: a finished run keeps all but its replay
     save_run()
     for used in (writer, env, bar):
         used.close()
@@ -631,7 +631,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
+    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # once: one signal ends it; else two, SIGHUP aside
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # not nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if once or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

@@ -106,7 +106,7 @@ def make_env(env_id, **options):
 
 # --- static sparse: masked layers (section 1) ---
 class MaskedLinear(nn.Linear):
-    """A linear layer with a mask [out, in] of its active connections and a count of those that pruning has taken.
+    """A linear layer with a mask [out, in] of its active connections and a count of those pruned so far (section 4).
 
     Outside an optimizer step the weight is 0 where the mask is False: forward pass and gradient are the dense ones.
     """
@@ -183,7 +183,7 @@ def erdos_renyi_densities(shapes, density):
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
-        sparse = sparse - saturated if saturated else set()  # empty: done
+        sparse = sparse - saturated if saturated else set()  # none saturated: done
     return [min(1.0, d) for d in densities]
 
 
@@ -205,7 +205,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask, 1: active) of each layer that has absent connections; to be made anew once masks changed."""
+    """(weight, float mask, 1: active) of each layer that is not dense, to mask gradients; anew once masks change."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -244,8 +244,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size, generator=None):
         """Draws uniformly, with replacement -> Batch of tensors [batch, ...]."""
-        age = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
-        rows = self.rows.index_select(0, (self.added - len(self) + age) % len(self.rows)).to(self.device)
+        rank = torch.randint(len(self), (batch_size,), generator=generator)  # from 0, the oldest
+        rows = self.rows.index_select(0, (self.added - len(self) + rank) % len(self.rows)).to(self.device)
         obs, actions, reward, next_obs, terminated = rows.split(self.widths, 1)
         return Batch(obs, actions, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -264,7 +264,7 @@ def evaluate(actor, env, episodes, seed):
     return returns
 
 
-stop = []  # signals that have come: the first one ends the run when the episode ends
+stop = []  # signals that have come (handler: last lines); the first one ends the run when the episode ends
 
 
 def main(args):
@@ -274,10 +274,10 @@ def main(args):
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
     if (args.resume, play) != (None, None):
-        own = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
+        given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
-            assert args == Args(resume=None if play else args.resume, evaluate=play, **own), "it has own arguments"
-            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | own)
+            assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"
+            args = Args(**json.loads(args_json := (folder / "args.json").read_text()) | given)
             lock.acquire()
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             assert checkpoint["run"] == script + args_json, "checkpoint.pt is another script's, or of other arguments"
@@ -393,8 +393,8 @@ def main(args):
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             # --- static sparse: the critics' absent connections stay absent ---
-            for weight, mask in absent_qf:
-                weight.grad.mul_(mask)  # so that Adam's moments of absent connections stay 0 (section 1)
+            for weight, active in absent_qf:
+                weight.grad.mul_(active)  # so that Adam's moments of absent connections stay 0 (section 1)
             # --- end static sparse ---
             q_optimizer.step()
 
@@ -404,8 +404,8 @@ def main(args):
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 # --- static sparse: the actor's absent connections stay absent ---
-                for weight, mask in absent_actor:
-                    weight.grad.mul_(mask)
+                for weight, active in absent_actor:
+                    weight.grad.mul_(active)
                 # --- end static sparse ---
                 actor_optimizer.step()
                 torch._foreach_lerp_(target_parameters, parameters, args.tau)
@@ -433,10 +433,10 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
                 save_run()
 
-    rb.added = rb.added if stop else 0  # a finished run keeps all but its replay
+    rb.added = rb.added if stop else 0  # len(rb) = 0: a finished run keeps all but its replay
     save_run()
     for used in (writer, env, bar):
         used.close()
@@ -445,7 +445,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # the second signal, SIGHUP aside, ends it at once
-    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # nohup's
+    once, hup = "--evaluate" in str(sys.argv), signal.SIGHUP  # once: one signal ends it; else two, SIGHUP aside
+    for s in (n for n in (signal.SIGINT, signal.SIGTERM, hup) if signal.getsignal(n) != signal.SIG_IGN):  # not nohup's
         signal.signal(s, lambda n, _: os._exit(128 + n) if once or (n != hup and {*stop} - {hup}) else stop.append(n))
     main(tyro.cli(Args, description=__doc__))

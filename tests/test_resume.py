@@ -657,9 +657,9 @@ def test_resume_takes_no_other_argument(interrupted, capsys):
     folder = Path(shutil.copytree(source, "copy"))
     before = contents(".")
     for other in ({"seed": 2}, {"cuda": False}, {"total_timesteps": 2_000_000}, {"evaluate": str(folder)}):
-        assert "own arguments" in refusal(script, capsys, resume=str(folder), **other), other
+        assert "takes no other argument" in refusal(script, capsys, resume=str(folder), **other), other
     for other in ({"seed": 2}, {"cuda": False}, {"eval_interval": 5}, {"track": True}):
-        assert "own arguments" in refusal(script, capsys, evaluate=str(folder), **other), other
+        assert "takes no other argument" in refusal(script, capsys, evaluate=str(folder), **other), other
     assert contents(".") == before
 
 
