@@ -53,7 +53,7 @@ class Args:
     buffer_on_gpu: bool = True  # with a GPU, keep the replay buffer's frames in its memory, not in main memory
     eval_interval: int = 10_000  # agent steps between evaluations; 0: none
     eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
-    checkpoint_interval: int = 50_000  # agent steps between checkpoints, at episode ends; 0: only at the end
+    checkpoint_interval: int = 50_000  # agent steps between checkpoints, at episode ends; 0: start and end only
     capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
     track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
     resume: str | None = None  # go on with the run in this folder, with its own arguments
@@ -275,8 +275,8 @@ def erdos_renyi_densities(shapes, density):
     sizes, densities = [n_out * n_in for n_out, n_in in shapes], [1.0] * len(shapes)
     sparse = set() if density == 1 else set(range(len(shapes)))
     while sparse:
-        active = density * sum(sizes) - sum(size for l, size in enumerate(sizes) if l not in sparse)
-        eps = active / sum(sum(shapes[l]) for l in sparse)
+        left = density * sum(sizes) - sum(size for l, size in enumerate(sizes) if l not in sparse)  # for the sparse
+        eps = left / sum(sum(shapes[l]) for l in sparse)
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
@@ -302,7 +302,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask, 1: active) of each layer that is not dense, to mask gradients; anew once masks change."""
+    """(weight, its mask as floats) of each layer that is not dense, to mask gradients; anew once masks change."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -315,9 +315,9 @@ def scheduled_growth(t, total_steps, interval, n_free):
     """
     if not 1 <= interval <= total_steps:
         raise ValueError(f"interval {interval} must lie in 1 ... {total_steps}, the run's gradient steps")
-    events, event = total_steps // interval, max(0, t // interval)
+    events, passed = total_steps // interval, max(0, t // interval)
     parts = [1 + math.cos(math.pi * j * interval / total_steps) for j in range(1, events + 1)]
-    return n_free if event >= events else round(n_free * sum(parts[:event]) / (sum(parts) or 1.0))  # 0: E = 1
+    return n_free if passed >= events else round(n_free * sum(parts[:passed]) / (sum(parts) or 1.0))  # 0: one event
 
 
 @torch.no_grad()
@@ -348,12 +348,12 @@ def prune_dormant_(layers, hidden, optimizer, budget, generator):
 
     hidden: activations [batch, n_l] of each hidden layer; budget: connections that this call may take; generator: a CPU
     one -> (connections pruned, list of their masks). A pruned neuron's bias becomes its layer's mean activation: it
-    fires, so its connections have a gradient and can grow again.
+    fires, so its outgoing connections have a gradient and can grow again, and then its incoming ones.
     """
     silent = [(l, i) for l, h in enumerate(hidden) for i in (dormant_scores(h) <= 0).nonzero().flatten().tolist()]
     taken, spent = [torch.zeros_like(layer.mask) for layer in layers], 0
     for l, i in (silent[index] for index in torch.randperm(len(silent), generator=generator).tolist()):
-        incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # a row of this layer, a column of the next one
+        incoming, outgoing = (l, i), (l + 1, (slice(None), i))  # (layer, index): row i of layer l, column i of the next
         cost = sum(int(layers[k].mask[where].sum()) for k, where in (incoming, outgoing))
         if cost and spent + cost > budget:  # a neuron without connections costs nothing
             continue
@@ -379,14 +379,14 @@ def grow_and_prune_(network, target, optimizer, t, args, generator, scoring, pro
     layers = masked_layers(network)
     grown, pruned, taken = 0, 0, [None] * len(layers)
     start, end = (connection_counts(layers, d, args.dense_ends) for d in (args.initial_density, args.final_density))
-    growth = (max(0, e - s) for s, e in zip(start, end, strict=True))  # n_free of each layer
-    scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n_free) for n_free in growth]
+    n_free = [max(0, e - s) for s, e in zip(start, end, strict=True)]  # of each layer
+    scheduled = [scheduled_growth(t, args.gradient_steps, args.growth_interval, n) for n in n_free]  # of each, by t
     before = network(*probe)
     if args.prune:
-        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # what is left carries over
+        budget = args.omega * sum(scheduled) - sum(int(layer.pruned) for layer in layers)  # .pruned: since the start
         pruned, taken = prune_dormant_(layers, network.hidden(*scoring), optimizer, budget, generator)
     between = network(*probe)
-    for l, layer in enumerate(layers if args.grow else []):  # up to A_l(t), so as many as were pruned, too
+    for l, layer in enumerate(layers if args.grow else []):  # up to A_l(t) = start + scheduled: what was pruned, too
         missing = start[l] + scheduled[l] - int(layer.mask.sum())
         grown += grow_(layer, missing, taken[l], generator if args.growth_criterion == "random" else None)
     for layer, target_layer in zip(layers, masked_layers(target), strict=True):
@@ -689,10 +689,10 @@ def main(args):
                 scoring, probe = (inputs(rb.sample(2048, generator=ne_generator), *eyes) for _ in range(2))
                 for name in ("qf1", "qf2"):
                     call = networks[name], targets[name], q_optimizer, t, args, ne_generator, scoring[name], probe[name]
-                    log(f"ne/{name}", grow_and_prune_(*call))
+                    log(f"ne/{name}", grow_and_prune_(*call))  # [:2]: a critic's inputs
                 absent_qf = absent_connections(qf1, qf2)
             for weight, active in absent_qf:
-                weight.grad.mul_(active)  # so that Adam's moments of absent connections stay 0 (section 1)
+                weight.grad.mul_(active)  # 0 where absent, so that Adam's moments stay 0 there (section 1)
             # --- end NE ---
             q_optimizer.step()
 
@@ -758,7 +758,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due in it
                 save_run()
 
     if not stop:

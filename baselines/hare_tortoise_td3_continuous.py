@@ -48,7 +48,7 @@ class Args:
     torch_threads: int = 1  # CPU threads of PyTorch; results are repeatable for the same number
     eval_interval: int = 10_000  # environment steps between evaluations; 0: none
     eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: only at the end
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: start and end only
     capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
     track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
     resume: str | None = None  # go on with the run in this folder, with its own arguments
@@ -329,7 +329,7 @@ def main(args):
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 actor_optimizer.step()
-                torch._foreach_lerp_(target_parameters, parameters, args.tau)
+                torch._foreach_lerp_(target_parameters, parameters, args.tau)  # of the actor and both critics
             # --- Hare & Tortoise: every gradient step ---
             meet = args.tortoise_interval and t % args.tortoise_interval == 0
             follow_(tortoise, networks, args.tortoise_decay, meet)
@@ -358,7 +358,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due in it
                 save_run()
 
     rb.added = rb.added if stop else 0  # len(rb) = 0: a finished run keeps all but its replay

@@ -52,7 +52,7 @@ class Args:
     buffer_on_gpu: bool = True  # with a GPU, keep the replay buffer's frames in its memory, not in main memory
     eval_interval: int = 10_000  # agent steps between evaluations; 0: none
     eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
-    checkpoint_interval: int = 50_000  # agent steps between checkpoints, at episode ends; 0: only at the end
+    checkpoint_interval: int = 50_000  # agent steps between checkpoints, at episode ends; 0: start and end only
     capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
     track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
     resume: str | None = None  # go on with the run in this folder, with its own arguments
@@ -547,7 +547,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due in it
                 save_run()
 
     if not stop:

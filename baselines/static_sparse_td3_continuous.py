@@ -48,7 +48,7 @@ class Args:
     torch_threads: int = 1  # CPU threads of PyTorch; results are repeatable for the same number
     eval_interval: int = 10_000  # environment steps between evaluations; 0: none
     eval_episodes: int = 10  # episodes of an evaluation, in training and with --evaluate
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: only at the end
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, at episode ends; 0: start and end only
     capture_video: bool = False  # record some episodes, in training or of --evaluate, into the run folder's videos/
     track: bool = False  # send the logs to Weights & Biases too (WANDB_PROJECT, WANDB_ENTITY say where)
     resume: str | None = None  # go on with the run in this folder, with its own arguments
@@ -178,8 +178,8 @@ def erdos_renyi_densities(shapes, density):
     sizes, densities = [n_out * n_in for n_out, n_in in shapes], [1.0] * len(shapes)
     sparse = set() if density == 1 else set(range(len(shapes)))
     while sparse:
-        active = density * sum(sizes) - sum(size for l, size in enumerate(sizes) if l not in sparse)
-        eps = active / sum(sum(shapes[l]) for l in sparse)
+        left = density * sum(sizes) - sum(size for l, size in enumerate(sizes) if l not in sparse)  # for the sparse
+        eps = left / sum(sum(shapes[l]) for l in sparse)
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
@@ -205,7 +205,7 @@ def sparse_start_(layers, density, generator, dense_ends=False):
 
 
 def absent_connections(*networks):
-    """(weight, float mask, 1: active) of each layer that is not dense, to mask gradients; anew once masks change."""
+    """(weight, its mask as floats) of each layer that is not dense, to mask gradients; anew once masks change."""
     layers = [layer for network in networks for layer in masked_layers(network) if not layer.mask.all()]
     return [(layer.weight, layer.mask.float()) for layer in layers]
 
@@ -394,7 +394,7 @@ def main(args):
             (qf1_loss + qf2_loss).backward()
             # --- static sparse: the critics' absent connections stay absent ---
             for weight, active in absent_qf:
-                weight.grad.mul_(active)  # so that Adam's moments of absent connections stay 0 (section 1)
+                weight.grad.mul_(active)  # 0 where absent, so that Adam's moments stay 0 there (section 1)
             # --- end static sparse ---
             q_optimizer.step()
 
@@ -408,7 +408,7 @@ def main(args):
                     weight.grad.mul_(active)
                 # --- end static sparse ---
                 actor_optimizer.step()
-                torch._foreach_lerp_(target_parameters, parameters, args.tau)
+                torch._foreach_lerp_(target_parameters, parameters, args.tau)  # of the actor and both critics
             if t % args.neuron_interval == 0:
                 sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():
@@ -433,7 +433,7 @@ def main(args):
             bar.set_postfix_str(f"return={info['episode']['r']:.1f}, density={density(networks):.3f}", refresh=False)
             if stop:
                 break
-            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due
+            if global_step // save_every > (global_step - info["episode"]["l"]) // save_every:  # one was due in it
                 save_run()
 
     rb.added = rb.added if stop else 0  # len(rb) = 0: a finished run keeps all but its replay

@@ -380,7 +380,7 @@ def main(args):
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 actor_optimizer.step()
-                torch._foreach_lerp_(target_parameters, parameters, args.tau)
+                torch._foreach_lerp_(target_parameters, parameters, args.tau)  # of the actor and both critics
             if t % args.neuron_interval == 0:
                 sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():
@@ -417,7 +417,7 @@ def main(args):
             bar.set_postfix_str(f"{names[task]}: return={total:.1f}", refresh=False)
             if stop:
                 break
-            if ends or global_step // save_every > (global_step - length) // save_every:  # one was due
+            if ends or global_step // save_every > (global_step - length) // save_every:  # one was due in it
                 save_run()
 
     save_run()

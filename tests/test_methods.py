@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from harness import SCRIPTS, TD3
+from harness import SCRIPTS
 from torch import nn
 
 RESET = SCRIPTS["reset_td3_continuous"]
@@ -1193,7 +1193,8 @@ OTHER = {  # settings that differ from the method's settings in OFTEN, one own a
 
 @pytest.mark.parametrize("script", OTHER)
 def test_every_own_argument_changes_something(script, monkeypatch):
-    own = SCRIPTS[script].Args.__dataclass_fields__.keys() - TD3.Args.__dataclass_fields__.keys()
+    parent = SCRIPTS[harness.PARENT.get(script, "td3_continuous")]
+    own = SCRIPTS[script].Args.__dataclass_fields__.keys() - parent.Args.__dataclass_fields__.keys()
     assert own == OTHER[script].keys()
     settings = OFTEN.get(script, {})
     model = usual(script, monkeypatch).model()
@@ -1274,6 +1275,7 @@ SHORT = {
 def test_the_method_solves_pendulum(script):
     values = {"env_id": "Pendulum-v1", "seed": 1, "total_timesteps": 10_000, "learning_starts": 1000, "cuda": False}
     values |= {"eval_interval": 0, "checkpoint_interval": 0} | SHORT.get(script, {})
+    values |= {"growth_interval": 1000} if hasattr(SCRIPTS[script].Args, "growth_interval") else {}  # a variant of NE
     folder = SCRIPTS[script].main(SCRIPTS[script].Args(**values))
     logged = harness.events(folder)
     returns = [value for _, value in logged["charts/episodic_return"]]

@@ -270,7 +270,7 @@ OTHER = {  # settings that differ from those in OFTEN, one own argument at a tim
 
 @pytest.mark.parametrize("script", OTHER)
 def test_every_own_argument_changes_something(script, monkeypatch):
-    parent = "ne_td3_continuous" if script == NE_LAYER_NORM else TD3
+    parent = harness.PARENT.get(script, TD3)
     fields = (harness.SCRIPTS[name].Args.__dataclass_fields__.keys() for name in (script, parent))
     assert set.difference(*map(set, fields)) == OTHER[script].keys()
     model = usual(script, monkeypatch).result()[0]

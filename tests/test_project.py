@@ -220,7 +220,9 @@ def test_the_readmes_three_lines_of_results_are_the_published_numbers():
         published.query("step > 900_000")["mean"].mean(),
     ]
     assert "two seeds of each" in text
-    assert "over the last ten evaluations NE {:.0f}, TD3 {:.0f}, published TD3 {:.0f}.".format(*means) in text
+    assert "over the last ten evaluations NE {:.0f}, TD3 {:.0f}, published TD3 {:.0f};".format(*means) in text
+    whole = long[(long["tag"] == "return") & (long["step"] > 25_000)].groupby("method")["value"].mean()
+    assert "over all of training {:.0f} and {:.0f}.".format(*whole[["ne_td3_continuous", "td3_continuous"]]) in text
     probed = pd.read_csv(RESULTS / "probe_1m" / "probe.csv")
     ends = probed[probed["step"] == 1_000_000]
     assert len(ends) == 12 and (ends["loss"] < ends["fresh_dense_loss"].fillna(ends["fresh_loss"])).all()
