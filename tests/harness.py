@@ -47,7 +47,7 @@ FAMILIES = {
     ],
 }
 PARENTS = {"baselines/ne_layer_norm_td3_continuous.py": "ne_td3_continuous.py"}
-PARENT = {Path(child).stem: Path(parent).stem for child, parent in PARENTS.items()}
+PARENT = {Path(child).stem: Path(parent).stem for child, parent in PARENTS.items()}  # by the names of scripts
 PATHS = {Path(path).stem: ROOT / path for paths in FAMILIES.values() for path in paths}
 
 

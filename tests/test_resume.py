@@ -652,6 +652,19 @@ def test_a_checkpoint_of_another_script_is_refused(interrupted, capsys):
     assert contents(folder) == before
 
 
+def test_a_checkpoint_with_a_weight_that_is_not_finite_is_one_line_and_stays(interrupted, capsys):
+    script, source = interrupted
+    folder = Path(shutil.copytree(source, "copy")).resolve()  # its log is closed after the test
+    checkpoint = harness.saved(folder / "checkpoint.pt")
+    checkpoint["networks"]["qf2.fc2.weight"][3, 4] = torch.nan
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    before, module = (folder / "checkpoint.pt").read_bytes(), harness.SCRIPTS[script]
+    assert exit_code(module.main, module.Args(resume=str(folder))) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: step {checkpoint['step']}: a weight is not finite; .*", line)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
 def test_resume_takes_no_other_argument(interrupted, capsys):
     script, source = interrupted
     folder = Path(shutil.copytree(source, "copy"))
