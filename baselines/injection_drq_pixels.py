@@ -276,9 +276,8 @@ def dormant_scores(h):
 def neuron_statistics(hidden):
     """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
     scores = torch.cat([dormant_scores(h) for h in hidden])
-    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
     dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
-    return dormant | {"fau": float(firing.mean())}
+    return dormant | {"fau": float(torch.cat([(h > 0).float().mean(0) for h in hidden]).mean())}
 
 
 @torch.no_grad()

@@ -178,9 +178,8 @@ def dormant_scores(h):
 def neuron_statistics(hidden):
     """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
     scores = torch.cat([dormant_scores(h) for h in hidden])
-    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
     dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
-    return dormant | {"fau": float(firing.mean())}
+    return dormant | {"fau": float(torch.cat([(h > 0).float().mean(0) for h in hidden]).mean())}
 
 
 # --- ReDo: recycling dormant neurons (Sokar et al. 2023, algorithm 1) ---
@@ -298,7 +297,7 @@ def main(args):
     networks = nn.ModuleDict({"actor": actor, "qf1": qf1, "qf2": qf2}).to(device)
     targets = copy.deepcopy(networks).requires_grad_(False)
     target_actor, qf1_target, qf2_target = targets.values()
-    parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (networks, targets))
+    parameters, target_parameters = list(networks.parameters()), list(targets.parameters())
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=args.learning_rate, fused=True)
     state = {"networks": networks, "targets": targets, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
@@ -385,11 +384,12 @@ def main(args):
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
 
         # Act: at random before learning starts, then with exploration noise
-        if visit_step <= args.learning_starts:
-            action = low + (high - low) * torch.rand(len(low), device=device)
-        else:
-            action = actor(torch.from_numpy(obs).to(device)[None])[0].detach()
-            action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
+        with torch.no_grad():
+            if visit_step <= args.learning_starts:
+                action = low + (high - low) * torch.rand(len(low), device=device)
+            else:
+                action = actor(torch.from_numpy(obs).to(device)[None])[0]
+                action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
         action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
         check_finite("an observation or an action", obs, action)
         next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -410,17 +410,17 @@ def main(args):
                 next_values = batch.reward + args.gamma * (1 - batch.terminated) * qf_next
             qf1_values, qf2_values = (qf(batch.obs, batch.actions).squeeze(1) for qf in (qf1, qf2))
             qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
-            q_optimizer.zero_grad()
+            for p in parameters:
+                p.grad = None  # zero_grad() of both optimizers, without its bookkeeping (2 % of a step)
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
 
             # Delayed updates of the actor and the targets
             if t % args.policy_frequency == 0:
                 actor_loss = -qf1(batch.obs, actor(batch.obs)).mean()
-                actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 actor_optimizer.step()
-                torch._foreach_lerp_(target_parameters, parameters, args.tau)  # of the actor and both critics
+                torch._foreach_lerp_(target_parameters, [p.detach() for p in parameters], args.tau)  # actor and critics
             # --- ReDo: every redo_interval gradient steps, targets untouched ---
             if args.redo_interval and t % args.redo_interval == 0:
                 sample = rb.sample(2048, generator=redo_generator)

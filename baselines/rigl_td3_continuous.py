@@ -163,9 +163,8 @@ def dormant_scores(h):
 def neuron_statistics(hidden):
     """Shares of all hidden neurons (section 6): list of [batch, n_l] -> the values logged under neurons/<net>/."""
     scores = torch.cat([dormant_scores(h) for h in hidden])
-    firing = torch.cat([(h > 0).float().mean(0) for h in hidden])
     dormant = {f"dormant_ratio_{tau}": float((scores <= tau).float().mean()) for tau in (0, 0.1)}
-    return dormant | {"fau": float(firing.mean())}
+    return dormant | {"fau": float(torch.cat([(h > 0).float().mean(0) for h in hidden]).mean())}
 
 
 # --- RigL: sparse start (section 2) ---
@@ -349,7 +348,7 @@ def main(args):
     networks = nn.ModuleDict({"actor": actor, "qf1": qf1, "qf2": qf2}).to(device)
     targets = copy.deepcopy(networks).requires_grad_(False)
     target_actor, qf1_target, qf2_target = targets.values()
-    parameters, target_parameters = ([p.detach() for p in nets.parameters()] for nets in (networks, targets))
+    parameters, target_parameters = list(networks.parameters()), list(targets.parameters())
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=args.learning_rate, fused=True)
     state = {"networks": networks, "targets": targets, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
@@ -417,11 +416,12 @@ def main(args):
             obs, _ = env.reset(seed=int(torch.randint(2**31 - 1, ())))
 
         # Act: at random before learning starts, then with exploration noise
-        if global_step <= args.learning_starts:
-            action = low + (high - low) * torch.rand(len(low), device=device)
-        else:
-            action = actor(torch.from_numpy(obs).to(device)[None])[0].detach()
-            action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
+        with torch.no_grad():
+            if global_step <= args.learning_starts:
+                action = low + (high - low) * torch.rand(len(low), device=device)
+            else:
+                action = actor(torch.from_numpy(obs).to(device)[None])[0]
+                action += args.exploration_noise * actor.action_scale * torch.randn(len(low), device=device)
         action = np.clip(action.cpu().numpy().astype(space.dtype), space.low, space.high)
         check_finite("an observation or an action", obs, action)
         next_obs, reward, terminated, truncated, info = env.step(action)
@@ -442,7 +442,8 @@ def main(args):
                 next_values = batch.reward + args.gamma * (1 - batch.terminated) * qf_next
             qf1_values, qf2_values = (qf(batch.obs, batch.actions).squeeze(1) for qf in (qf1, qf2))
             qf1_loss, qf2_loss = F.mse_loss(qf1_values, next_values), F.mse_loss(qf2_values, next_values)
-            q_optimizer.zero_grad()
+            for p in parameters:
+                p.grad = None  # zero_grad() of both optimizers, without its bookkeeping (2 % of a step)
             (qf1_loss + qf2_loss).backward()
             # --- RigL: the critics' masks, every rigl_interval gradient steps ---
             update = args.rigl_interval and t % args.rigl_interval == 0
@@ -460,7 +461,6 @@ def main(args):
             # Delayed updates of the actor and the targets
             if t % args.policy_frequency == 0:
                 actor_loss = -qf1(batch.obs, actor(batch.obs)).mean()
-                actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's parameters
                 # --- RigL: the actor's masks ---
                 if update:
@@ -470,7 +470,7 @@ def main(args):
                     weight.grad.mul_(active)
                 # --- end RigL ---
                 actor_optimizer.step()
-                torch._foreach_lerp_(target_parameters, parameters, args.tau)  # of the actor and both critics
+                torch._foreach_lerp_(target_parameters, [p.detach() for p in parameters], args.tau)  # actor and critics
             if t % args.neuron_interval == 0:
                 sample = rb.sample(2048, generator=log_generator)
                 for name, network in networks.items():

@@ -58,7 +58,13 @@ CASES = {
     "redo_drq_pixels": [f"{PIXELS} --redo-interval 50"],
     "injection_drq_pixels": [f"{PIXELS} --injection-step 200"],
     "layer_norm_drq_pixels": [PIXELS],
+    "hare_tortoise_td3_continuous": [f"{PENDULUM} --tortoise-interval 500"],
+    "shrink_perturb_td3_continuous": [f"{PENDULUM} --shrink-perturb-interval 500"],
+    "regrama_td3_continuous": [f"{PENDULUM} --regrama-interval 200"],
+    "ne_layer_norm_td3_continuous": [f"{HOPPER} --growth-interval 100"],
 }
+ALWAYS_ON = "weight_decay", "leaky_relu", "spectral_norm", "l2_init", "crelu", "nap", "two_hot"
+CASES |= {f"{name}_td3_continuous": [PENDULUM] for name in ALWAYS_ON}
 
 
 def path_of(tree, script):
