@@ -82,7 +82,7 @@ class Args:
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
         limits |= {"image_size": (15, 480), "shift": (0, 1e18), "alpha": (1e-9, 1e18)}  # MuJoCo's picture: 480 rows
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # default: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -315,7 +315,7 @@ def main(args):
     run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
-    if (args.resume, play) != (None, None):
+    if (args.resume, play) != (None, None):  # nothing else may be given; args become those of the folder
         given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"

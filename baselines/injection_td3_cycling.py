@@ -91,7 +91,7 @@ class Args:
         if not self.env_ids:
             raise ValueError("--env-ids: name one task or more")
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # default: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -103,7 +103,7 @@ def fail(message, code=2):
 
 
 def make_env(env_id, **options):
-    """A task with vectors as observations (float32), bounded ones (1e10: MuJoCo's none) as actions; or an exit."""
+    """A task whose observations (float32) and actions are vectors, the actions bounded (1e10: no bound); or an exit."""
     try:
         env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
         seen, space = env.observation_space, env.action_space
@@ -300,7 +300,7 @@ def main(args):
     run_name = f"{'+'.join(args.env_ids).replace('/', '-')[:150]}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
-    if (args.resume, play) != (None, None):
+    if (args.resume, play) != (None, None):  # nothing else may be given; args become those of the folder
         given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"

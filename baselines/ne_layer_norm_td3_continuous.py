@@ -73,7 +73,7 @@ class Args:
     prune: bool = True  # prune silent neurons (section 4)
     review: bool = True  # review early experience (section 5)
     initial_density: float = 0.25  # share of a network's connections that are active at the start
-    final_density: float = 1.0  # share of them that are active after the last event; at 1, less what that event pruned
+    final_density: float = 1.0  # share of them active after the last event, but for what that event itself prunes
     dense_ends: bool = False  # first and last layers stay dense; the densities are those of the layers between
     growth_interval: int = 10_000  # gradient steps between growth and pruning events; a multiple of policy_frequency
     growth_criterion: Literal["gradient", "random"] = "gradient"  # which absent connections grow; random: a control
@@ -91,14 +91,14 @@ class Args:
         limits = {"seed": (0, 2**31 - 1), "learning_starts": (0, self.total_timesteps - 1), "eval_interval": (0, 1e18)}
         limits |= {"checkpoint_interval": (0, 1e18), "learning_rate": (1e-9, 1e18), "gamma": (0, 1), "tau": (1e-9, 1)}
         # --- NE: densities, and events that fit the run (section 3) ---
-        share, longest = (1e-9, 1), self.gradient_steps if self.grow or self.prune else 1e18
+        share, intervals = (1e-9, 1), (1, self.gradient_steps if self.grow or self.prune else 1e18)
         limits |= {"initial_density": share, "final_density": (self.initial_density, 1), "review_oldest": share}
-        limits |= {"review_floor": (0, 1), "growth_interval": (1, longest)}
+        limits |= {"review_floor": (0, 1), "growth_interval": intervals}
         if (self.grow or self.prune) and self.growth_interval % max(1, self.policy_frequency):
             raise ValueError(f"--growth-interval must be a multiple of --policy-frequency {self.policy_frequency}")
         # --- end NE ---
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # else: ints from 1
+            low, high = limits.get(name, (1 if type(getattr(Args, name)) is int else 0, 1e18))  # default: ints from 1
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} ... {high}")
 
@@ -110,7 +110,7 @@ def fail(message, code=2):
 
 
 def make_env(env_id, **options):
-    """A task with vectors as observations (float32), bounded ones (1e10: MuJoCo's none) as actions; or an exit."""
+    """A task whose observations (float32) and actions are vectors, the actions bounded (1e10: no bound); or an exit."""
     try:
         env = gym.make("shimmy:" * env_id.startswith("dm_control/") + env_id, disable_env_checker=True, **options)
         seen, space = env.observation_space, env.action_space
@@ -204,7 +204,7 @@ def erdos_renyi_densities(shapes, density):
         for l in sparse:
             densities[l] = eps * sum(shapes[l]) / sizes[l]
         saturated = {l for l in sparse if densities[l] > 1}
-        sparse = sparse - saturated if saturated else set()  # none saturated: done
+        sparse = (sparse - saturated) if saturated else set()  # none saturated: done
     return [min(1.0, d) for d in densities]
 
 
@@ -241,7 +241,7 @@ def scheduled_growth(t, total_steps, interval, n_free):
         raise ValueError(f"interval {interval} must lie in 1 ... {total_steps}, the run's gradient steps")
     events, passed = total_steps // interval, max(0, t // interval)
     parts = [1 + math.cos(math.pi * j * interval / total_steps) for j in range(1, events + 1)]
-    return n_free if passed >= events else round(n_free * sum(parts[:passed]) / (sum(parts) or 1.0))  # 0: one event
+    return n_free if passed >= events else round(n_free * sum(parts[:passed]) / (sum(parts) or 1))  # 0: one event, at T
 
 
 @torch.no_grad()
@@ -435,7 +435,7 @@ def main(args):
     run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.time_ns() // 1_000_000}"
     folder, args_json = Path(args.resume or play or f"runs/{run_name}"), json.dumps(vars(args), indent=2)
     lock = FileLock(folder / ("play.lock" if play else "lock"), timeout=0)  # one process a run, until it ends
-    if (args.resume, play) != (None, None):
+    if (args.resume, play) != (None, None):  # nothing else may be given; args become those of the folder
         given = {"eval_episodes": args.eval_episodes, "capture_video": args.capture_video} if play else {}
         try:
             assert args == Args(resume=None if play else args.resume, evaluate=play, **given), "takes no other argument"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from harness import SCRIPTS, events, saved, scripts_with, short_args
 
 PRUNING = scripts_with("prune_dormant_", "MaskedLinear", "sparse_start_")
-EVENTS = scripts_with("grow_and_prune_", "connection_counts", "MLP", "Actor")
+EVENTS = scripts_with("grow_and_prune_", "scheduled_growth", "grow_", "prune_dormant_", "connection_counts", "MLP")
 SIZES = [6, 14, 11, 3]
 SILENT = [[1, 4, 5, 9, 13], [0, 3, 7, 10]]  # of each hidden layer
 
