@@ -287,7 +287,7 @@ def grow_(layer, k, exclude=None, generator=None):
     score = layer.weight.grad.abs() if generator is None else torch.rand(candidates.shape, generator=generator)
     grown = score.to(candidates.device).masked_fill(~candidates, -1.0).flatten().topk(k).indices
     layer.mask.view(-1)[grown] = True
-    layer.weight.view(-1)[grown] = 0.0
+    layer.weight.view(-1)[grown] = 0.0  # its Adam moments are 0 already (section 1)
     return k
 
 
