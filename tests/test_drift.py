@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from harness import CYCLING, FAMILIES, MODULES, PARENTS, PATHS, PIXELS, ROOT, SCRIPTS
+from harness import CYCLING, FAMILIES, MODULES, OTHER_RULES, PARENTS, PATHS, PIXELS, ROOT, SCRIPTS, scripts_with
 
 FENCE = re.compile(r"\s*# --- (?!end )(\w[\w &-]*): .+ ---$")
 FENCE_END = re.compile(r"\s*# --- end (\w[\w &-]*) ---$")
@@ -285,6 +285,13 @@ def test_an_argument_means_the_same_in_each_family(script, continuous, family):
         assert text.replace("agent step", "environment step") == their_text or name in SAYS_OTHERWISE[family], name
     lacks = {"cycling": {"env_id", "total_timesteps"}, "pixels": {"policy_noise", "noise_clip", "exploration_noise"}}
     assert theirs.keys() - own.keys() == lacks[family]
+
+
+def test_a_variant_is_left_out_where_a_rule_is_tested_that_it_changes(monkeypatch):
+    monkeypatch.setitem(OTHER_RULES, "ne_td3_continuous", {"scheduled_growth"})
+    schedule, both = scripts_with("scheduled_growth"), scripts_with("grow_", "scheduled_growth")
+    assert schedule and both == schedule and "ne_td3_continuous" not in schedule
+    assert "ne_td3_continuous" in scripts_with("grow_", "MaskedLinear")
 
 
 def test_no_script_imports_one_of_ours():

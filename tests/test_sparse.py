@@ -2,7 +2,6 @@
 
 import math
 
-import harness
 import numpy as np
 import pytest
 import torch
@@ -229,14 +228,6 @@ def test_a_masked_layer_is_a_linear_layer_with_all_connections_until_told_otherw
 
 
 # ===== The schedule of growth =====
-
-
-def test_a_variant_is_left_out_where_a_rule_is_tested_that_it_changes(monkeypatch):
-    monkeypatch.setitem(harness.OTHER_RULES, "ne_td3_continuous", {"scheduled_growth"})
-    schedule, both = scripts_with("scheduled_growth"), scripts_with("grow_", "scheduled_growth")
-    assert schedule and both == schedule and "ne_td3_continuous" not in schedule
-    assert "ne_td3_continuous" in scripts_with("grow_", "MaskedLinear")
-
 
 RUNS = [(975_000, 10_000), (1_000_000, 10_000), (600, 50), (997, 13), (101, 101), (101, 100), (7, 2), (9, 1), (50, 26)]
 
